@@ -79,6 +79,11 @@ class SglangOptions:
         return self.device.startswith("cuda")
 
     @property
+    def repacks(self) -> bool:
+        """Whether servers repack experts after an update."""
+        return self.recipe is not None and self.recipe.format == "int4"
+
+    @property
     def count(self) -> int:
         """Servers of this engine."""
         return len(self.addresses) or len(self.servers) or self.engines

@@ -15,6 +15,10 @@ DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 
 ACCEPTANCE_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 
+KEEP_WORKSPACES = "miles_marlin_workspaces.keep"
+"""A function that servers can import and call; see `in_server`."""
+CUSTOM_LOADERS = "custom_weight_loader"
+
 SPARE_TOKENS = 6
 """Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
@@ -53,7 +57,10 @@ def command(options: SglangOptions, index: int, port: int, model: ServedModel) -
         if has_draft_weights(options.server_flags) and "enable_draft_weights_cpu_backup" not in options.server_flags:
             # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one.
             arguments += ["--enable-draft-weights-cpu-backup"]
-    return [*arguments, *passed_through(options.flags_of(index))]
+    flags = dict(options.flags_of(index))
+    if options.repacks:
+        flags[CUSTOM_LOADERS] = [KEEP_WORKSPACES, *custom_loaders(flags)]
+    return [*arguments, *passed_through(flags)]
 
 
 def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
@@ -80,6 +87,11 @@ def has_draft_weights(flags: Mapping[str, Any]) -> bool:
     """Whether a server with these flags has a draft model whose weights are not the policy's own."""
     algorithm = str(flags.get("speculative_algorithm") or "").upper()
     return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
+
+
+def custom_loaders(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """Functions of its own that a server with these flags can load weights by."""
+    return tuple(flags.get(CUSTOM_LOADERS) or ())
 
 
 def lossy_acceptance(flags: Mapping[str, Any]) -> str:

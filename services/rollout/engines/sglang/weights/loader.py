@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
@@ -96,6 +97,20 @@ class WeightLoader:
         quantisation = None if recipe is None else served_quantisation(recipe, self._layout.shapes)
         write_folder(Path(own), folder, quantisation)
         return ServedModel(own, positions, has_weights=False)
+
+    async def check_attached(self) -> None:
+        """Raise ServerUnstartable when a server that runs already does not hold weights in the format of the versions.
+
+        SGLang would convert values to the type that it holds them in, and leave scales out.
+        """
+        wanted = None if self._options.recipe is None else self._options.recipe.format
+        for replica in self._servers.replicas:
+            names = (await checker.checksum(replica.api, "target", self._options.call_timeout_s)).names
+            if (held := checker.held_format(names)) != wanted:
+                raise ServerUnstartable(
+                    f"{replica.api.address} holds weights in {held or self._options.dtype}, and versions come in "
+                    f"{wanted or self._options.dtype}; set rollout_weight_format, or start it with such a model folder"
+                )
 
     def keep_draft_apart(self, algorithm: str) -> None:
         """Load the policy's versions into the policy only: the servers have a draft model with weights of its own."""
@@ -266,7 +281,7 @@ class WeightLoader:
         ready, timeout_s = staged, self._options.call_timeout_s
 
         async def update(replica: Replica) -> None:
-            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            push = self._update(replica, version, selector)
             await push.from_tensors(ready.buckets(len(replicas)), replica.ranks)
             if ready.copied_on_gpu:
                 await checker.drain_device(replica.api, timeout_s)
@@ -275,6 +290,10 @@ class WeightLoader:
             await self._servers.call_each(replicas, update, "load its draft model", blamed=(EngineFailed,))
         else:
             await self._servers.call_each(replicas, update, f"load version {version}")
+
+    def _update(self, replica: Replica, version: int | None, selector: Selector) -> WeightUpdate:
+        repacking = replica.ranks if self._options.repacks and selector != "draft" else 0
+        return WeightUpdate(replica.api, version, selector, self._options.call_timeout_s, repacking_ranks=repacking)
 
     async def _push_remote(
         self, replicas: Sequence[Replica], version: int | None, weights: RemoteWeights, selector: Selector
@@ -286,7 +305,7 @@ class WeightLoader:
         async def update(replica: Replica) -> None:
             if replica.member is None:
                 raise EngineFailed(f"{replica.name} was lost before it could receive the weights")
-            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            push = self._update(replica, version, selector)
             await push.from_sources(replica.member, weights)
             if self._options.on_gpu:
                 await checker.drain_device(replica.api, timeout_s)
@@ -317,8 +336,7 @@ class WeightLoader:
         folder = Path(tempfile.mkdtemp(prefix=f"{self._options.name}-weights-", dir=root))
 
         async def update(replica: Replica) -> None:
-            push = WeightUpdate(replica.api, version, "all", self._options.call_timeout_s)
-            await push.from_files(folder / str(version), repacked=self._options.recipe is not None)
+            await self._update(replica, version, "all").from_files(folder / str(version))
 
         async with contextlib.AsyncExitStack() as cleanup:
             cleanup.push_async_callback(asyncio.to_thread, shutil.rmtree, folder, ignore_errors=True)

@@ -161,3 +161,9 @@ def test_a_folder_without_weights_starts_with_noise_and_the_draft_with_its_own()
     drafted = options_of(sglang_speculative_algorithm="EAGLE3", sglang_speculative_draft_model_path="draft")
     assert "--speculative-draft-load-format auto" in " ".join(command(drafted, 0, 30000, served))
     assert "--disable-shared-experts-fusion" not in words(drafted)
+
+
+def test_servers_of_int4_can_keep_their_workspaces_beside_other_loaders() -> None:
+    start = words(options_of(rollout_weight_format="int4", sglang_custom_weight_loader=["a.b"]))
+    assert "--custom-weight-loader miles_marlin_workspaces.keep a.b" in start
+    assert "--custom-weight-loader" not in words(options_of(rollout_weight_format="fp8_block"))
