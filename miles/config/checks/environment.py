@@ -28,6 +28,7 @@ from miles.config.checks.precision import precision_faults
 from miles.config.checks.precision_variables import variable_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.served_precision import served_precision_faults
 from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
 from miles.config.eval_sets import READ as EVAL_READ
@@ -333,6 +334,7 @@ _MODEL_CHECKS: tuple[Rule, ...] = (
     dispatcher_faults,
     engine_faults,
     precision_faults,
+    served_precision_faults,
 )
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
