@@ -48,7 +48,7 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
         "torch": EngineSpec(
             name="torch",
             runs_servers=False,
-            weight_formats=frozenset({"as_trained", "fp8_block"}),
+            weight_formats=frozenset({"as_trained", "fp8_block", "int4", "mxfp8", "nvfp4"}),
             weight_form="module",
             mtp_drafts=frozenset(),
             unties=frozenset(),

@@ -36,6 +36,9 @@ def read_published(config: JobConfig) -> dict[str, torch.Tensor]:
     """Read the weights of a job's hf_checkpoint as its trainer would publish them. Raises like `read_weights`."""
     import torch
 
+    from miles.precision.of_run import rollout_recipe
+    from miles.precision.tensors import QuantisedTensors
+    from miles.weights.export_format import formatted
     from miles.weights.naming.published import published_tensors
 
     published, rollout = published_tensors(config), config.rollout
@@ -44,7 +47,8 @@ def read_published(config: JobConfig) -> dict[str, torch.Tensor]:
     if published.contract.mtp:
         dtype = getattr(torch, rollout.rollout_dtype)
         found |= _mtp_weights(pathlib.Path(str(rollout.hf_checkpoint)), published.model, dtype)
-    return found
+    recipe = rollout_recipe(config)
+    return found if recipe is None else dict(formatted(QuantisedTensors(recipe), found.items()))
 
 
 def _mtp_weights(folder: pathlib.Path, model: ModelTensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,8 +16,9 @@ import torch
 
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.published_form import FP8_BLOCKS
+from miles.precision.fp8_block import SCALE_SUFFIX, VALUES, Fp8Block
 from miles.services.trainer.checkpoint.hf_files import ShardWriter, copy_other_files, set_dtype
-from miles.weights.fp8 import SCALE_SUFFIX, VALUES, dequantise_weights
+from miles.weights.base import WeightsRefused
 from miles.weights.naming.conversion import Shapes
 from miles.weights.naming.model_tensors import read_model_tensors
 from miles.weights.naming.published import misfits, refuse
@@ -84,10 +85,13 @@ def plain_tensors(source: pathlib.Path, dtype: torch.dtype) -> Iterator[tuple[st
         plain = _text_name(name) if wrapped else name
         if plain is None or name.endswith(SCALE_SUFFIX):
             continue
-        found = {plain: file.get_tensor(name)}
-        if found[plain].dtype == VALUES and name + SCALE_SUFFIX in places:
-            found[plain + SCALE_SUFFIX] = places[name + SCALE_SUFFIX].get_tensor(name + SCALE_SUFFIX)
-        yield from dequantise_weights(found, dtype).items()
+        tensor, scales = file.get_tensor(name), name + SCALE_SUFFIX
+        if tensor.dtype == VALUES:
+            if scales not in places:
+                raise WeightsRefused(f"{name} has FP8 values, and there are no scales {scales}")
+            parts = {"": tensor, SCALE_SUFFIX: places[scales].get_tensor(scales)}
+            tensor = Fp8Block().dequantise(parts, dtype)
+        yield plain, tensor
 
 
 def _text_name(name: str) -> str | None:

@@ -12,8 +12,11 @@ from megatron_models import FAMILIES, SIZES, write_model
 from safetensors.torch import load_file, save_file
 
 from miles.config.checks.published_form import FP8_BLOCKS, why_not_plain
+from miles.precision.fp8_block import SCALE_SUFFIX, Fp8Block
+from miles.precision.layers import QuantisedLayers
+from miles.precision.recipe import Recipe
+from miles.precision.tensors import QuantisedTensors
 from miles.services.trainer.convert import main
-from miles.weights.fp8 import Fp8Blocks, dequantise
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PICTURE = {**VISION, "image_size": 16, "patch_size": 8}
@@ -27,8 +30,9 @@ def write_quantised(family: str, folder: pathlib.Path) -> pathlib.Path:
     """A model as DeepSeek publishes its own: FP8 values with scales, some in other files than the values."""
     write_model(family, folder)
     tensors: dict[str, torch.Tensor] = {}
+    quantised = QuantisedTensors(Recipe(format="fp8_block", layers=QuantisedLayers(but=("shared_head.head",))))
     for name, tensor in load_file(folder / "model.safetensors").items():
-        tensors |= Fp8Blocks(("shared_head.head",)).convert(name, tensor)
+        tensors |= quantised.convert(name, tensor)
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     for number, part in enumerate((names[::2], names[1::2])):
@@ -53,7 +57,8 @@ def test_fp8_weights_become_what_they_stand_for(tmp_path: pathlib.Path, family: 
     assert len(scaled) > 50
     assert after.keys() == {name for name in before if not name.endswith("_scale_inv")}
     for name in scaled:
-        before[name] = dequantise(before[name], before[f"{name}_scale_inv"], torch.float32)
+        parts = {"": before[name], SCALE_SUFFIX: before[name + SCALE_SUFFIX]}
+        before[name] = Fp8Block().dequantise(parts, torch.float32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert why_not_plain(json.loads((tmp_path / "plain" / "config.json").read_text())) is None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
