@@ -38,7 +38,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         backend.load()
     except ValueError as error:
         backend.close()
-        return write(case, out, {"refused": str(error)})
+        write(case, out, {"refused": str(error)})
+        return
     held = exported(backend)
     metrics, gradients = train(backend, case)
     round_parameters(backend)
