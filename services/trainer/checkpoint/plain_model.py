@@ -16,7 +16,8 @@ import torch
 
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.published_form import FP8_BLOCKS
-from miles.precision.fp8_block import SCALE_SUFFIX, VALUES, Fp8Block
+from miles.precision.fp8_block import SCALE_SUFFIX, Fp8Block
+from miles.precision.small_floats import E4M3
 from miles.services.trainer.checkpoint.hf_files import ShardWriter, copy_other_files, set_dtype
 from miles.weights.base import WeightsRefused
 from miles.weights.naming.conversion import Shapes
@@ -86,7 +87,7 @@ def plain_tensors(source: pathlib.Path, dtype: torch.dtype) -> Iterator[tuple[st
         if plain is None or name.endswith(SCALE_SUFFIX):
             continue
         tensor, scales = file.get_tensor(name), name + SCALE_SUFFIX
-        if tensor.dtype == VALUES:
+        if tensor.dtype == E4M3:
             if scales not in places:
                 raise WeightsRefused(f"{name} has FP8 values, and there are no scales {scales}")
             parts = {"": tensor, SCALE_SUFFIX: places[scales].get_tensor(scales)}
