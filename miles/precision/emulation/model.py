@@ -9,7 +9,7 @@ import torch
 
 from miles.precision.emulation.experts import ExpertsRounding
 from miles.precision.emulation.linear import RoundedLinear
-from miles.precision.emulation.rounding import Rounding
+from miles.precision.emulation.rounding import Rounding, RowRounding
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 
@@ -31,8 +31,9 @@ def emulate(model: torch.nn.Module, recipe: Recipe, *, weights: bool) -> None:
     experts in the layout (experts, outputs, inputs), and ones that the format cannot hold.
     """
     layers = covered_layers(model, recipe)
-    rounding = Rounding(weight_format(recipe), recipe.rounds_inputs, weights)
-    if not (rounding.inputs or rounding.weights):
+    codec = weight_format(recipe)
+    rounding = Rounding(codec, RowRounding(codec) if recipe.rounds_inputs else None, weights)
+    if rounding.inputs is None and not weights:
         return
     for name, layer in layers.items():
         module = layer.module
