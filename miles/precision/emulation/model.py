@@ -65,7 +65,7 @@ def covered_layers(model: torch.nn.Module, recipe: Recipe) -> dict[str, CoveredL
         if not covered:
             continue
         layers[name] = CoveredLayer(module, covered)
-        if (problem := _why_not(module, covered)) is not None:
+        if (problem := _why_not(module)) is not None:
             faults.append(f"{name} {problem}")
             continue
         for each in covered:
@@ -80,12 +80,13 @@ def covered_layers(model: torch.nn.Module, recipe: Recipe) -> dict[str, CoveredL
     return layers
 
 
-def _why_not(module: Any, covered: tuple[str, ...]) -> str | None:
+def _why_not(module: Any) -> str | None:
     """Why the products of a module cannot be rounded; None when they can."""
     if type(module) is torch.nn.Linear:
         return None
-    if not set(covered) <= set(_EXPERTS) or not all(hasattr(module, each) for each in (*_EXPERTS, "has_gate")):
-        return f"is a {type(module).__name__}, not a linear layer"
+    kind = type(module).__name__
+    if not all(hasattr(module, each) for each in (*_EXPERTS, "has_gate")):
+        return f"is a {kind}, not a linear layer"
     if not module.has_gate or module.has_bias or module.is_transposed or not module.is_concatenated:
-        return f"({type(module).__name__}) has experts with biases, transposed, interleaved, or without gates"
+        return f"({kind}) has experts with biases, transposed, interleaved, or without gates"
     return None
