@@ -262,6 +262,29 @@ def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, 
     assert all(step["train/tokens_routed_differently"] == 0 for step in run.metrics())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fp8_format": "e4m3", "fp8_recipe": "blockwise"},
+        pytest.param({"int4_qat": True, "int4_group_size": 32}, marks=pytest.mark.slow),
+        pytest.param({"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}, marks=pytest.mark.slow),
+        pytest.param({"fp4_format": "e2m1", "fp4_recipe": "nvfp4"}, marks=pytest.mark.slow),
+    ],
+    ids=["fp8_block", "int4", "mxfp8", "nvfp4"],
+)
+def test_an_engine_of_emulated_low_precision_has_the_trainers_log_probs(
+    services: MilesClient, tiny_moe: pathlib.Path, changes: dict[str, object]
+) -> None:
+    replay = {"use_rollout_routing_replay": True, "check_weight_update_equal": True}
+    config = settings(tiny_moe, name="low-precision", num_rollout=3, **replay, **changes)
+    config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+    job = wait_for(services, services.submit(config)["id"], lambda job: job["state"] == "succeeded")
+    steps = Records(pathlib.Path(job["config"]["run_dir"])).metrics()
+    assert [step["train/train_rollout_logprob_abs_diff"] for step in steps] == [0.0] * 3
+    assert all(step["train/tokens_routed_differently"] == 0 for step in steps)
+    assert all(step["train/grad_norm"] > 0 for step in steps)
+
+
 def test_an_adapter_learns_over_updates_of_an_adapter_alone(services: MilesClient, tiny_dense: pathlib.Path) -> None:
     run = learn(services, tiny_dense, "adapter", lora_rank=8, lr=3e-3, check_weight_update_equal=True)
     assert_learned(run)

@@ -5,14 +5,8 @@ Real megatron-core over gloo: all layouts are walked in one start.
 
 from __future__ import annotations
 
-import json
-import pathlib
-from typing import Any
-
 import pytest
-from megatron_kit import SUPPORT, needs_megatron, run_python
-from megatron_models import EXPERTS, TOP_K, config_of, write_config
-from trainer_cases import write_tokenizer
+from megatron_kit import needs_megatron
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600), needs_megatron]
 
