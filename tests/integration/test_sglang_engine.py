@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 import torch
 from sglang_kit import (
+    CPU_FLAGS,
     ON_GPU,
     Response,
     have_sglang,
@@ -27,6 +28,7 @@ from miles.services.rollout.engines.base import FinishReason, GenerationRequest,
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.requests.payload import to_payload
+from miles.services.rollout.engines.sglang.server.flags import DRAIN, KEEP_WORKSPACES
 from miles.services.rollout.engines.sglang.server.probes import probe
 from miles.services.rollout.engines.sglang.server.served_model import served_quantisation, write_folder
 from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
@@ -62,7 +64,8 @@ async def engine(folder: pathlib.Path, models: Models) -> AsyncIterator[SglangEn
     """Started on a folder of FP8 weights, which are served as they were trained."""
     stated = served_quantisation(Recipe(format="fp8_block"), {})
     write_folder(folder / "stated", str(folder / "0"), stated)
-    async with running(options(folder / "stated", folder / "logs")) as started:
+    flags = CPU_FLAGS | {"custom_weight_loader": [KEEP_WORKSPACES, DRAIN]}
+    async with running(options(folder / "stated", folder / "logs", server_flags=flags)) as started:
         assert started.version is None
         await started.load_weights(0, weights_of(models[0]))
         yield started
@@ -236,7 +239,7 @@ async def test_weights_that_no_update_brought_are_found(
     api = engine.replicas[0].api
     name, tensor = next(iter(weights_of(models[0]).items()))
     await write_files(tmp_path / "x", [[(name, tensor + 1e-3)]])
-    await WeightUpdate(api, None, "all", 60.0).from_files(tmp_path / "x")
+    await WeightUpdate(api, None, "all", 60.0, repacks=True, drains=True).from_files(tmp_path / "x")
     with pytest.raises(ChecksumMismatch, match="did not hold"):
         await engine.weight_bytes()
     await serve(engine, models)
