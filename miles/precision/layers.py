@@ -27,10 +27,10 @@ class QuantisedLayers:
     but: tuple[str, ...] = ()
     """Parts of names that no covered matrix has."""
     ignored: tuple[str, ...] = ()
-    """Modules that are not covered, as config.json of a folder lists them: whole names or their ends, and `re:` begins a
-    regular expression that a name begins with."""
+    """Modules that are not covered, as config.json of a folder lists them: whole names or their ends, and `re:` begins
+    a regular expression that a name begins with."""
     ignores_inside: bool = True
-    """Whether a name in `ignored` also stands for the modules inside of that one, and may be any part of their names."""
+    """Whether a name in `ignored` also stands for the modules inside, and may be any part of their names."""
     high_layers: frozenset[int] = frozenset()
     """Numbers of decoder layers of which nothing is covered."""
 

@@ -74,8 +74,10 @@ def recipe_asked(options: argparse.Namespace) -> Recipe:
     from miles.services.trainer.checkpoint.plain_model import plain_config
 
     named = {key: value for key, value in vars(options).items() if key in PrecisionConfig.model_fields}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in named.items() if value is not None}
-    settings = PrecisionConfig(rollout_weight_format=_FORMATS[options.direction], **given)
+    given = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in named.items() if value is not None
+    }
+    settings = PrecisionConfig.model_validate({"rollout_weight_format": _FORMATS[options.direction], **given})
     recipe = rollout_recipe_of(settings, plain_config(read_json_object(options.hf_checkpoint / "config.json")))
     assert recipe is not None, "a format was asked for"
     layers = dataclasses.replace(recipe.layers, ignored=tuple(options.ignore_rules))

@@ -39,8 +39,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                 "output_activations": None,
                 "targets": ["Linear"],
                 "weights": {
-                    **{"actorder": None, "block_structure": None, "dynamic": False, "group_size": 32, "num_bits": 4},
-                    **{"observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True},
+                    "actorder": None, "block_structure": None, "dynamic": False, "group_size": 32, "num_bits": 4,
+                    "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True,
                     "type": "int",
                 },
             }

@@ -121,7 +121,11 @@ class _Writing:
         for name in stored:
             if name in known:  # written, or the model's under another name
                 continue
-            if isinstance(self._writer, QuantisingWriter) and stored.recipe == self._recipe and stored.is_quantised(name):
+            if (
+                isinstance(self._writer, QuantisingWriter)
+                and stored.recipe == self._recipe
+                and stored.is_quantised(name)
+            ):
                 self._writer.add_parts(name, stored.parts(name))
             else:
                 tensor = stored[name]

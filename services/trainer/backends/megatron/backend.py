@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from miles.precision.of_run import export_recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.megatron.changed_parameters import ChangedParameters
@@ -21,7 +22,6 @@ from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
 from miles.services.trainer.backends.parking import Held
 from miles.services.trainer.checkpoint.background_save import Saving
-from miles.precision.of_run import export_recipe
 from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
