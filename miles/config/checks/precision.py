@@ -117,14 +117,9 @@ def _sizes(s: FlatSettings, trained: Recipe | None, served: Recipe | None, shape
     for recipe in dict.fromkeys(each for each in (trained, served) if each is not None):
         if not any(covered(recipe, shape)):
             yield _nothing_covered(s, recipe, shape)
-        elif (matrix := undivided(recipe, shape)) is not None and recipe.format == "int4":
+        elif (matrix := undivided(recipe, shape)) is not None:
             problem = f"rows of {matrix.name} have {matrix.shape[1]} numbers, which it does not divide"
             yield Fault("int4_group_size", recipe.group_size, problem, "choose one that does")
-        elif matrix is not None:
-            key = switch(s) if recipe == trained else "rollout_weight_format"
-            problem = f"rows of {matrix.name} have {matrix.shape[1]} numbers, no whole number of groups"
-            remedy = "name it in extra_high_precision_layers_hf, or choose another format"
-            yield Fault(key, getattr(s, key), problem, remedy)
     if trained is None or s.train_backend != "megatron":
         return
     if why_emulated(s) is None and s.low_precision_impl != "emulated":

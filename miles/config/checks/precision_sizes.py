@@ -42,11 +42,11 @@ def coverage(recipe: Recipe, shape: ModelShape) -> Coverage:
 
 
 def undivided(recipe: Recipe, shape: ModelShape) -> Tensors | None:
-    """The first covered matrix whose rows are no whole number of the recipe's groups; None when there is none.
+    """The first covered matrix whose rows are no whole number of INT4's groups; None when there is none.
 
-    Blocks of FP8 at the edges of a matrix may be smaller.
+    Blocks and groups of other formats may be smaller at the edges of a matrix.
     """
-    size = {"int4": recipe.group_size, "mxfp8": 32, "nvfp4": 16}.get(recipe.format, 1)
+    size = recipe.group_size if recipe.format == "int4" else 1
     return next((each for each in covered(recipe, shape) if each.shape[COLUMNS] % size), None)
 
 

@@ -113,10 +113,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
         "int4_group_size = 64, but rows of model.layers.0.mlp.experts.0.down_proj have 96 numbers, which it does not",
     ),
     (
-        {**DENSE, "intermediate_size": 528}, None, {"rollout_weight_format": "mxfp8"},
-        "rollout_weight_format = mxfp8, but rows of model.layers.0.mlp.down_proj have 528 numbers, no whole number of",
-    ),
-    (
         MOE, None,
         {**FP8, **MEGATRON, "tensor_model_parallel_size": 2, "sequence_parallel": True, "actor_num_gpus_per_node": 2},
         "tensor_model_parallel_size = 2, but of model.layers.0.self_attn.k_proj, ranks hold 64 of its rows, which",
