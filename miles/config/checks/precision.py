@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.precision_sizes import covered, cut_problem, matrices, undivided
+from miles.config.checks.precision_sizes import covered, cut_problem, matrices, narrow, parted, undivided
 from miles.config.rules.precision import (
     EXCEPTIONS,
     precision_file_faults,
@@ -122,11 +122,15 @@ def _sizes(s: FlatSettings, trained: Recipe | None, served: Recipe | None, shape
             yield Fault("int4_group_size", recipe.group_size, problem, "choose one that does")
     if trained is None or s.train_backend != "megatron":
         return
-    if why_emulated(s) is None and s.low_precision_impl != "emulated":
-        return  # kernels round each rank's part by itself
+    if trained.rounds_inputs and (pair := parted(trained, shape)) is not None:
+        problem = f"Megatron multiplies {pair[0]} and {pair[1]} at once, and the first alone is in {trained.format}"
+        remedy = "set extra_high_precision_layers_hf to keep both out, or train with fsdp"
+        yield Fault("train_backend", s.train_backend, problem, remedy)
     sizes = {"tensor": s.tensor_model_parallel_size, "expert_tensor": s.expert_tensor_parallel_size}
-    if (cut := cut_problem(trained, shape, **sizes)) is not None:
-        key, problem = cut
+    emulated = why_emulated(s) is not None or s.low_precision_impl == "emulated"
+    found = cut_problem(trained, shape, **sizes) if emulated else narrow(trained, shape, **sizes)
+    if found is not None:  # kernels round each rank's part by itself, so that a cut may be anywhere
+        key, problem = found
         yield Fault(key, getattr(s, key), problem, "lower it, or train with fsdp")
 
 

@@ -126,6 +126,19 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
         "expert_tensor_parallel_size = 2, but of model.layers.0.mlp.experts.0.down_proj, ranks hold 64 of its columns",
     ),
     (
+        MOE, None, {**FP8, "train_backend": "megatron", "extra_high_precision_layers_hf": [".q_proj"]},
+        "train_backend = megatron, but Megatron multiplies model.layers.0.self_attn.k_proj and "
+        "model.layers.0.self_attn.q_proj at once, and the first alone is in fp8_block; set extra_high",
+    ),
+    (
+        {**MOE, "moe_intermediate_size": 48}, None,
+        {
+            **FP8, "train_backend": "megatron", "device": "cuda", "expert_tensor_parallel_size": 2,
+            "tensor_model_parallel_size": 2, "sequence_parallel": True, "actor_num_gpus_per_node": 2,
+        },
+        "expert_tensor_parallel_size = 2, but model.layers.0.mlp.experts.0.gate_proj is 24 x 256 on a rank, and FP8",
+    ),
+    (
         MOE, None, {**FP8, "te_precision_config_file": "/nothing.yaml"},
         "te_precision_config_file = /nothing.yaml, but it cannot be read (No such file or directory); name what",
     ),
@@ -154,6 +167,8 @@ def test_what_says_otherwise_is_refused(
         (MOE, INT4_FOLDER, {"int4_qat": True, "int4_group_size": 32, "int4_layers": [".experts."]}),
         (MOE, INT4_FOLDER, {}),
         (DENSE, None, {"int4_qat": True, "int4_layers": ["."]}),
+        (MOE, None, {"int4_qat": True, "int4_layers": [".gate_proj"], "train_backend": "megatron", "device": "cpu"}),
+        (MOE, None, {**FP8, "train_backend": "fsdp", "extra_high_precision_layers_hf": [".q_proj"]}),
         (MOE, None, {**FP8, **MEGATRON, "expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2}),
     ],
 )
