@@ -48,13 +48,12 @@ def count(size: int, block: int) -> int:
 
 
 def largest_of_groups(groups: torch.Tensor) -> torch.Tensor:
-    """Largest magnitudes of (..., Q, size), float32 (..., Q, 1). NaN where there is one."""
-    low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-    return torch.maximum(high, -low).abs().float()  # of zeros the maximum may be -0
+    """Largest magnitudes of (..., Q, size), as (..., Q, 1). NaN where there is one."""
+    return groups.abs().amax(-1, keepdim=True)
 
 
 def largest_of_blocks(blocks: torch.Tensor) -> torch.Tensor:
-    """Largest magnitudes of (..., P, height, Q, width), float32 (..., P, 1, Q, 1). NaN where there is one."""
+    """Largest magnitudes of (..., P, height, Q, width), as (..., P, 1, Q, 1). NaN where there is one."""
     return largest_of_groups(blocks).amax(-3, keepdim=True)
 
 
