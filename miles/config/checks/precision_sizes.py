@@ -52,6 +52,17 @@ def undivided(recipe: Recipe, shape: ModelShape) -> Tensors | None:
     return next((each for each in covered(recipe, shape) if each.shape[COLUMNS] % size), None)
 
 
+def split_experts(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Why experts that are held as one tensor cannot be in a recipe's format; None when they can, or are not."""
+    for layer in sorted(shape.expert_layers):
+        for matrices_of_all in ("gate_up_proj", "down_proj"):
+            try:
+                recipe.layers.cover(f"model.layers.{layer}.mlp.experts.{matrices_of_all}", 3)
+            except ValueError as error:
+                return str(error).partition(";")[0]
+    return None
+
+
 def parted(recipe: Recipe, shape: ModelShape) -> tuple[str, str] | None:
     """A covered matrix and one that is not, which Megatron multiplies at once; None when there are none."""
     together: dict[str, tuple[str, bool]] = {}

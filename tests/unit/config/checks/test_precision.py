@@ -139,6 +139,15 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
         "expert_tensor_parallel_size = 2, but model.layers.0.mlp.experts.0.gate_proj is 24 x 256 on a rank, and FP8",
     ),
     (
+        MOE, None, {"int4_qat": True, "int4_layers": [".gate_proj"]},
+        'int4_layers = [".gate_proj"], but model.layers.0.mlp.experts.gate_up_proj holds '
+        "model.layers.0.mlp.experts.0.gate_proj, which is quantised, and model.layers.0.mlp.experts.0.up_proj, which is",
+    ),
+    (
+        MOE, {**FP8_FOLDER, "modules_to_not_convert": ["model.layers.1.mlp.experts.3.up_proj"]}, {},
+        "hf_checkpoint = ",
+    ),
+    (
         MOE, None, {**FP8, "te_precision_config_file": "/nothing.yaml"},
         "te_precision_config_file = /nothing.yaml, but it cannot be read (No such file or directory); name what",
     ),
@@ -167,7 +176,7 @@ def test_what_says_otherwise_is_refused(
         (MOE, INT4_FOLDER, {"int4_qat": True, "int4_group_size": 32, "int4_layers": [".experts."]}),
         (MOE, INT4_FOLDER, {}),
         (DENSE, None, {"int4_qat": True, "int4_layers": ["."]}),
-        (MOE, None, {"int4_qat": True, "int4_layers": [".gate_proj"], "train_backend": "megatron", "device": "cpu"}),
+        (MOE, None, {"int4_qat": True, "int4_layers": [".q_proj"], "train_backend": "megatron", "device": "cpu"}),
         (MOE, None, {**FP8, "train_backend": "fsdp", "extra_high_precision_layers_hf": [".q_proj"]}),
         (MOE, None, {**FP8, **MEGATRON, "expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2}),
     ],
