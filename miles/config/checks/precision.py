@@ -120,11 +120,11 @@ def _sizes(s: FlatSettings, trained: Recipe | None, served: Recipe | None, shape
         elif (matrix := undivided(recipe, shape)) is not None:
             problem = f"rows of {matrix.name} have {matrix.shape[1]} numbers, which it does not divide"
             yield Fault("int4_group_size", recipe.group_size, problem, "choose one that does")
-        elif (problem := split_experts(recipe, shape)) is not None:
+        elif (why := split_experts(recipe, shape)) is not None:
             said = [key for key in ("int4_layers", *EXCEPTIONS) if getattr(s, key) != catalog()[key].default]
             value = getattr(s, said[0]) if said else s.hf_checkpoint
             shown = list(value) if isinstance(value, tuple) else value
-            yield Fault(said[0] if said else "hf_checkpoint", shown, problem, "cover all of them, or none")
+            yield Fault(said[0] if said else "hf_checkpoint", shown, why, "cover all of them, or none")
             return
     if trained is None or s.train_backend != "megatron":
         return

@@ -141,7 +141,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
     (
         MOE, None, {"int4_qat": True, "int4_layers": [".gate_proj"]},
         'int4_layers = [".gate_proj"], but model.layers.0.mlp.experts.gate_up_proj holds '
-        "model.layers.0.mlp.experts.0.gate_proj, which is quantised, and model.layers.0.mlp.experts.0.up_proj, which is",
+        "model.layers.0.mlp.experts.0.gate_proj, which is quantised, and model.layers.0.mlp.experts.0.up_proj, which",
     ),
     (
         MOE, {**FP8_FOLDER, "modules_to_not_convert": ["model.layers.1.mlp.experts.3.up_proj"]}, {},
