@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from miles.config.rules.precision import (
     without_format,
 )
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.memory.model import ModelShape, shape_of
 from miles.precision.number_types import AUTO
@@ -39,6 +40,9 @@ _SCALES = {True: "power_of_two", False: "float32"}
 
 def precision_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield a fault for each setting that does not go with the folder's format, or with the model's sizes."""
+    if s.low_precision_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        remedy = "install it where the trainer runs (docs/megatron.md), or set it to emulated"
+        yield RunFault("low_precision_impl", s.low_precision_impl, "TransformerEngine is not installed here", remedy)
     file = s.te_precision_config_file
     if file is not None and not file.startswith(BASE64):
         faults = list(precision_file_faults(s))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from config_cases import MINIMAL
 
+from miles.config.backends import is_installed
 from miles.config.checks.precision import precision_faults
 from miles.config.job import examine
 
@@ -148,6 +149,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
         "hf_checkpoint = ",
     ),
     (
+        MOE, None,
+        {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "megatron", "device": "cuda"},
+        "low_precision_impl = transformer_engine, but TransformerEngine is not installed here; install it where",
+    ),
+    (
         MOE, None, {**FP8, "te_precision_config_file": "/nothing.yaml"},
         "te_precision_config_file = /nothing.yaml, but it cannot be read (No such file or directory); name what",
     ),
@@ -162,6 +168,8 @@ def test_what_says_otherwise_is_refused(
     changes: dict[str, Any],
     expected: str,
 ) -> None:
+    if "is not installed" in expected and is_installed("transformer_engine"):
+        pytest.skip("TransformerEngine is installed")
     (found,) = faults(tmp_path, model, quantised, **changes)
     assert found.startswith(expected)
 
