@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,17 @@ from trainer_cases import job_config, random_groups
 from miles.config import JobConfig
 from miles.precision.of_run import training_recipe
 from miles.precision.tensors import QuantisedTensors, restored
+from miles.services.trainer.backends.megatron.precision.rounding import Rounding
 from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.services.trainer.ranks.worker import create_backend
 
 
 def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
-    """Rank 0 writes `NAME.json`: names of weights that layers round otherwise, and the largest difference of gradients.
+    """Train with layers that round, and with ones that hold rounded weights; rank 0 writes `NAME.json`.
 
-    A case has name, model, flags and routing as those of `backend_cases`.
+    A case has name, model, flags and routing as those of `backend_cases`. The file has "rounded": the exported weights
+    that layers change, "other": those of them, and of all others, that are not what engines make of the exported parts,
+    "metrics" of both steps, "gradients": their largest difference, and "gradient": the largest number in one.
     """
     flags = {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0, "log_samples_per_step": 0, **case["flags"]}
     folder = pathlib.Path(case["model"])
@@ -33,18 +36,17 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     backend.load()
     held = exported(backend)
     metrics, gradients = train(backend, case)
-    covered = round_parameters(backend)
-    served = {name: tensor for name, tensor in exported(backend).items() if not _is_buffer(tensor)}
+    round_parameters(backend)
+    served = exported(backend)
     expected = as_engines_have(config, held)
     other = [name for name, tensor in served.items() if not tensor.equal(expected[name])]
     unrounded, again = train(backend, case)
     said = {
         "other": other,
-        "parameters": covered,
         "rounded": sorted(name for name, tensor in served.items() if not tensor.equal(held[name])),
         "metrics": [metrics, unrounded],
-        "gradients": max(float((a - b).abs().max()) for a, b in zip(gradients, again, strict=True)),
-        "gradient": max(float(a.abs().max()) for a in gradients),
+        "gradients": largest((a - b for a, b in zip(gradients, again, strict=True))),
+        "gradient": largest(gradients),
     }
     if dist.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(said))
@@ -59,20 +61,31 @@ def train(backend: Any, case: dict[str, Any]) -> tuple[dict[str, float], list[to
     return metrics, [part.clone() for part in backend._loaded.roles.policy.model.gradient_buffers()]
 
 
-def round_parameters(backend: Any) -> int:
-    """Put in the place of each parameter what its layer multiplies instead of it, and have layers round no more.
+def largest(parts: Iterable[torch.Tensor]) -> float:
+    """The largest magnitude in them on any rank."""
+    found = torch.stack([part.abs().max() for part in parts]).max()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
 
-    Returns how many there are on this rank. Inputs are rounded no more either.
-    """
-    count = 0
+
+def round_parameters(backend: Any) -> None:
+    """Put in the place of each parameter what its layer multiplies instead of it, and have layers round inputs alone."""
     with torch.no_grad():
         for module in _layers(backend):
             for name, rounding in module.roundings.items():
                 parameter = getattr(module, name)
                 parameter.copy_(rounding.weight(parameter))
-                count += 1
-            module.roundings.clear()
-    return count
+                module.roundings[name] = InputsAlone(rounding)
+
+
+class InputsAlone(Rounding):
+    """Leaves weights as they are."""
+
+    def __init__(self, rounding: Rounding) -> None:
+        self._format = rounding._format
+
+    def weight(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        return weight_OI
 
 
 def as_engines_have(config: JobConfig, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -88,10 +101,6 @@ def as_engines_have(config: JobConfig, held: dict[str, torch.Tensor]) -> dict[st
 def _layers(backend: Any) -> Iterator[Any]:
     for chunk in backend._loaded.roles.policy.model.bare_chunks:
         yield from (module for module in chunk.modules() if hasattr(module, "roundings"))
-
-
-def _is_buffer(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 0
 
 
 def main(cases_file: str, out: str) -> None:
