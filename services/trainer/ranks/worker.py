@@ -224,6 +224,9 @@ def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torc
 
             return FsdpBackend(config, checkpoint_dir, device)
         case "megatron":
+            from miles.services.trainer.backends.megatron.precision.choice import choose_scales
+
+            choose_scales(config)
             from miles.services.trainer.backends.megatron.backend import MegatronBackend
 
             return MegatronBackend(config, checkpoint_dir, device)

@@ -18,6 +18,8 @@ from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.lora.adapter import Adapter, describe
 from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
 from miles.services.trainer.backends.megatron.parallel import groups
+from miles.services.trainer.backends.megatron.precision.choice import low_precision
+from miles.services.trainer.backends.megatron.precision.covered import differences
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
 from miles.services.trainer.backends.parking import Held
 from miles.services.trainer.checkpoint.background_save import Saving
@@ -70,6 +72,9 @@ class MegatronBackend(BaseBackend[_Parts]):
             self._say("moe_grouped_gemm changes nothing: without TransformerEngine experts are computed one by one")
         dtype = algorithm_options.DTYPES[config.rollout.rollout_dtype]
         exporter = Exporter(roles.policy.model, published.model, dtype)
+        if (low := low_precision(config)) is not None:
+            for note in differences(low, roles.policy.model.config, exporter.tasks(mtp=True)):
+                self._say(note)
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _published(exporter, published)]
         refuse_misfits(published, {name: shape for name, _, shape in layout}, "megatron-bridge exports")
         adapter = None
