@@ -45,7 +45,9 @@ def memory_plan(line: CommandLine, precision: str | None, scratch: pathlib.Path)
     """
     flat = {**_NO_MATTER, **{key: value for key, value in line.flat.items() if value is not None}}
     if not flat.get("hf_checkpoint"):
-        raise ConfigError([Fault("hf_checkpoint", None, "the estimate is of a model", "give a model's folder, or its config.json")])
+        raise ConfigError(
+            [Fault("hf_checkpoint", None, "the estimate is of a model", "give a model's folder, or its config.json")]
+        )
     flat["hf_checkpoint"] = str(_folder(pathlib.Path(str(flat["hf_checkpoint"])), scratch))
     if precision is not None:
         flat |= {**_AS_TRAINED, **PRECISIONS[precision]}

@@ -77,7 +77,7 @@ def recipe_asked(options: argparse.Namespace) -> Recipe:
     given = {
         key: tuple(value) if isinstance(value, list) else value for key, value in named.items() if value is not None
     }
-    settings = PrecisionConfig(rollout_weight_format=_FORMATS[options.direction], **given)
+    settings = PrecisionConfig.model_validate({"rollout_weight_format": _FORMATS[options.direction], **given})
     recipe = rollout_recipe_of(settings, plain_config(read_json_object(options.hf_checkpoint / "config.json")))
     assert recipe is not None, "a format was asked for"
     layers = dataclasses.replace(recipe.layers, ignored=tuple(options.ignore_rules))

@@ -1,33 +1,32 @@
-"""Folders in FP8 and INT4 as hf_checkpoint of every trainer and of the torch engine."""
+"""Folders in FP8 and INT4 as hf_checkpoint of the fsdp backend and of engines; test_families has Megatron's."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_families import write_expected
-from megatron_kit import SUPPORT, needs_megatron, run_python
 from quantised_models import RECIPES, write_quantised
 from safetensors.torch import load_file
+from torch_engine_models import Response, reference_log_probs, respond, running_engine
 from trainer_cases import job_config, random_groups
 
 from miles.config import JobConfig
 from miles.precision.quantization_config import recipe_of
-from miles.precision.tensors import QuantisedTensors
-from miles.services.rollout.engines.checkpoint_weights import read_published
+from miles.services.rollout.engines.checkpoint_weights import read_published, read_weights
 from miles.services.trainer.ranks.worker import create_backend
-from miles.weights.export_format import formatted
 from miles.weights.hf_folder.plain_tensors import PlainTensors
+from miles.weights.hf_folder.pretrained import read_model
 
 pytestmark = pytest.mark.engine
-"""Quantised from bfloat16, as folders are, they are the same bytes when they are quantised again."""
+
 CASES = [("Llama, tied", "fp8"), ("Qwen3-MoE", "int4, experts"), ("DeepSeek-V3, MTP", "fp8"), ("MiniMax-M2", "int4")]
+PROMPT = [3 + 7 * i % 90 for i in range(24)]
 
 
 @pytest.fixture
@@ -43,10 +42,11 @@ def parts(folder: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name].float(), tensor.float())
-        for name, tensor in expected.items()
-    )
+    return found.keys() == expected.keys() and all(same_tensor(found[name], each) for name, each in expected.items())
+
+
+def same_tensor(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
 
 
 def config_of(folder: pathlib.Path, run_dir: pathlib.Path, **changes: object) -> JobConfig:
@@ -80,26 +80,26 @@ def test_fsdp_trains_one_and_writes_either_form(tmp_path: pathlib.Path, family: 
 
 @pytest.mark.parametrize(("family", "kind"), CASES[1:3])
 def test_the_torch_engine_serves_what_its_parts_stand_for(tmp_path: pathlib.Path, family: str, kind: str) -> None:
+    folder = write_quantised(family, tmp_path / "model", RECIPES[kind])
+    weights = read_weights(str(folder), "float32")
+
+    async def answer() -> Response:
+        async with running_engine(folder, weights) as engine:
+            return await respond(engine, PROMPT, max_new_tokens=8, seed=1)
+
+    tokens, log_probs, _ = asyncio.run(answer())
+    model = read_model(folder, torch.float32, attn_implementation="eager").eval()
+    expected = reference_log_probs(model, PROMPT, tokens)
+    torch.testing.assert_close(torch.tensor(log_probs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES[1:3])
+def test_engines_are_sent_the_bytes_of_the_folder(tmp_path: pathlib.Path, family: str, kind: str) -> None:
+    """Where there is no trainer; what it publishes first is the same."""
     folder = write_quantised(family, tmp_path / "model", RECIPES[kind], torch.bfloat16)
-    config = config_of(folder, tmp_path / "run")
-    published = read_published(config)
-    weights = read_published(config_of(folder, tmp_path / "run", rollout_weight_format="as_trained"))
-    assert same(published, dict(formatted(QuantisedTensors(RECIPES[kind]), weights.items())))
-
-
-@needs_megatron
-@pytest.mark.timeout(1800)
-def test_megatron_computes_with_what_the_parts_stand_for(tmp_path: pathlib.Path) -> None:
-    root = tmp_path / "models"
-    root.mkdir()
-    for number, (family, kind) in enumerate(CASES):
-        folder = write_quantised(family, tmp_path / f"model-{number}", RECIPES[kind])
-        write_expected(folder)
-        shutil.move(folder, root)
-    output = run_python([str(SUPPORT / "megatron_families.py"), str(root)])
-    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
-    assert len(found) == len(CASES)
-    for line in found:
-        assert "error" not in line, line
-        assert line["logits"] < 2e-5
-        assert line["weights_equal"]
+    config = config_of(folder, tmp_path / "run", train_backend="megatron", rollout_backend="sglang")
+    stored, published = parts(folder), read_published(config)
+    assert len(published) > 100
+    assert all(same_tensor(tensor, stored[name]) for name, tensor in published.items())
+    left_out = {name for name in stored.keys() - published.keys() if not name.startswith("model.layers.4.")}
+    assert not left_out

@@ -19,6 +19,7 @@ from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.expert_kernels import dispatcher_faults
+from miles.config.checks.export_format import export_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
@@ -335,6 +336,7 @@ _MODEL_CHECKS: tuple[Rule, ...] = (
     engine_faults,
     precision_faults,
     served_precision_faults,
+    export_faults,
 )
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,

@@ -17,8 +17,8 @@ def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
     """Read all parameters and persistent buffers by name in the module form, tied ones once, to the CPU.
 
     They have `dtype` ("float32" or "bfloat16"), quantised ones too, but for the few that are always in float32. Uses
-    transformers, because a checkpoint's files may name and split parameters differently from the model. Raises OSError or ValueError when the
-    folder has no weights that fit.
+    transformers, because a checkpoint's files may name and split parameters differently from the model. Raises OSError
+    or ValueError when the folder has no weights that fit.
     """
     import torch
 
@@ -37,6 +37,8 @@ def read_published(config: JobConfig) -> dict[str, torch.Tensor]:
     import torch
 
     from miles.precision.of_run import rollout_recipe
+    from miles.precision.tensors import QuantisedTensors
+    from miles.weights.export_format import formatted
     from miles.weights.naming.published import published_tensors
 
     published, rollout = published_tensors(config), config.rollout
@@ -46,12 +48,7 @@ def read_published(config: JobConfig) -> dict[str, torch.Tensor]:
         dtype = getattr(torch, rollout.rollout_dtype)
         found |= _mtp_weights(pathlib.Path(str(rollout.hf_checkpoint)), published.model, dtype)
     recipe = rollout_recipe(config)
-    if recipe is not None:
-        from miles.precision.tensors import QuantisedTensors
-        from miles.weights.export_format import formatted
-
-        found = dict(formatted(QuantisedTensors(recipe), found.items()))
-    return found
+    return found if recipe is None else dict(formatted(QuantisedTensors(recipe), found.items()))
 
 
 def _mtp_weights(folder: pathlib.Path, model: ModelTensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

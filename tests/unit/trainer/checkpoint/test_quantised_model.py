@@ -103,7 +103,7 @@ def test_other_tensors_of_the_folder_are_carried_along(tmp_path: pathlib.Path) -
 
 def test_verify_names_what_differs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = write_model("Llama", tmp_path / "source"), tmp_path / "target"
-    assert convert(INT4 + ("--int4-layers", "."), source, target) == 0
+    assert convert((*INT4, "--int4-layers", "."), source, target) == 0
     tensors = load_file(target / "model.safetensors")
     prefix = "model.layers.0.self_attn."
     tensors[f"{prefix}q_proj.weight_packed"][0, 0] ^= 1

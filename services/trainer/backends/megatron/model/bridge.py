@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any, Self
 
@@ -42,9 +43,11 @@ class PlainPretrained(PreTrainedCausalLM):  # type: ignore[misc]
     @property
     def state(self) -> StateDict:
         """The tensors; float32 where they were quantised, which is exact, and parameters get theirs rounded once."""
-        if self._state_dict_accessor is None:
-            self._state_dict_accessor = StateDict(FolderTensors(PlainTensors(self.model_name_or_path, torch.float32)))
-        return self._state_dict_accessor
+        return self._tensors
+
+    @functools.cached_property
+    def _tensors(self) -> StateDict:
+        return StateDict(FolderTensors(PlainTensors(self.model_name_or_path, torch.float32)))
 
 
 class LayerBridge(AutoBridge):  # type: ignore[misc]
