@@ -65,8 +65,8 @@ def blocks_of_kernels(s: FlatSettings) -> Iterator[Note]:
     sizes = {"tensor": s.tensor_model_parallel_size, "expert_tensor": s.expert_tensor_parallel_size}
     if (name := other_blocks(trained, shape, **sizes)) is not None:
         text = (
-            f"TransformerEngine's kernels round {name}, among others, in blocks that it shares with what lies beside it "
-            "in Megatron's parameters, so that the trainer's weights differ from those that engines are sent; with "
+            f"TransformerEngine's kernels round {name}, among others, in blocks that it shares with what lies beside "
+            "it in Megatron's parameters, so that the trainer's weights differ from those that engines are sent; with "
             "emulated they are the same"
         )
         yield Note("low_precision_impl", s.low_precision_impl, text)
