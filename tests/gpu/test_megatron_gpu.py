@@ -330,6 +330,23 @@ def test_kernels_of_fp8_compute_as_emulation_does(tmp_path: pathlib.Path, family
         assert far(tmp_path, "kernels", "single") < 0.75 * rounding
 
 
+@needs_two
+@needs_engine
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"expert_model_parallel_size": 2}],
+    ids=["tp2", "ep2"],
+)
+def test_kernels_of_fp8_compute_on_two_gpus_as_on_one(tmp_path: pathlib.Path, layout: dict[str, Any]) -> None:
+    write_model("Qwen3-MoE", tmp_path / "model", **WIDE, moe_intermediate_size=512)
+    cases = [low_case("one", tmp_path, **FP8), low_case("plain", tmp_path)]
+    run_cases(cases, tmp_path, megatron=False)
+    run_cases([low_case("two", tmp_path, **FP8, **layout)], tmp_path, ranks=2, megatron=False)
+    assert_trained_alike(tmp_path, "one", "two")
+    if layout.get("tensor_model_parallel_size"):  # each of the others has the log-probabilities of some samples
+        assert far(tmp_path, "one", "two") < 0.75 * far(tmp_path, "one", "plain")
+
+
 @needs_engine
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen3-MoE"])
 def test_int4_weights_are_rounded_in_both_kinds_of_layers(tmp_path: pathlib.Path, family: str) -> None:
