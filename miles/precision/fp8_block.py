@@ -52,9 +52,9 @@ class Fp8Block:
         nearest, ties to even. Zeros have scale 1, and so have blocks with a number that is not finite: infinity
         becomes 448, as in TransformerEngine, and NaN stays.
         """
-        blocks = as_blocks(weight, BLOCK, BLOCK)
+        blocks = as_blocks(weight, BLOCK, BLOCK).float()
         factors = self._factors(largest_of_blocks(blocks), weight.dtype)
-        values = (blocks.float() * factors).clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)
+        values = (blocks * factors).clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)
         return {"": from_blocks(values, weight.shape), SCALE_SUFFIX: factors.reciprocal().squeeze(-1).squeeze(-2)}
 
     def dequantise(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -65,15 +65,15 @@ class Fp8Block:
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """See `WeightFormat.rounded`."""
-        blocks = as_blocks(weight, BLOCK, BLOCK)
+        blocks = as_blocks(weight, BLOCK, BLOCK).float()
         factors = self._factors(largest_of_blocks(blocks), weight.dtype)
-        return from_blocks(_rounded(blocks, factors), weight.shape)
+        return from_blocks(_rounded(blocks, factors, weight.dtype), weight.shape)
 
     def rounded_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Each row in groups of 128 along its last dimension, the last of which may be smaller."""
-        groups = as_groups(rows, BLOCK)
+        groups = as_groups(rows, BLOCK).float()
         factors = self._factors(largest_of_groups(groups), rows.dtype)
-        return from_groups(_rounded(groups, factors), rows.shape)
+        return from_groups(_rounded(groups, factors, rows.dtype), rows.shape)
 
     def _factors(self, largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What numbers are multiplied by, from the largest magnitudes in a block of them, float32.
@@ -90,6 +90,5 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], *(count(size, BLOCK) for size in shape[-2:]))
 
 
-def _rounded(blocks: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    values = round_to_e4m3_(blocks.float() * factors)
-    return values.mul_(factors.reciprocal()).to(blocks.dtype)
+def _rounded(blocks: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return round_to_e4m3_(blocks * factors).mul_(factors.reciprocal()).to(dtype)

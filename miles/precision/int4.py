@@ -80,7 +80,7 @@ class Int4:
         problem = self.why_not(tuple(weight.shape))
         if problem is not None:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} cannot be INT4: {problem}")
-        groups = as_groups(weight, self.group_size)
+        groups = as_groups(weight, self.group_size).float()
         largest = largest_of_groups(groups)
         scales = (largest / torch.full_like(largest, LARGEST)).clamp_(min=SMALLEST_SCALE).to(weight.dtype)
-        return (groups.float() / scales.float()).round_().add_(0.0), scales
+        return (groups / scales.float()).round_().add_(0.0), scales

@@ -42,9 +42,9 @@ class MxFp8:
 
     def quantise(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Values (..., O, I) in E4M3 and exponents (..., O, Q) in uint8. A NaN stays one."""
-        groups = as_groups(weight, GROUP)
+        groups = as_groups(weight, GROUP).float()
         exponents = _exponents(largest_of_groups(groups))
-        values = groups.float() * powers_of_two(_LARGEST_EXPONENT - exponents)
+        values = groups * powers_of_two(_LARGEST_EXPONENT - exponents)
         values = from_groups(values.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3), weight.shape)
         return {"": values, SCALE_SUFFIX: exponents.squeeze(-1).to(torch.uint8)}
 
@@ -56,9 +56,9 @@ class MxFp8:
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """See `WeightFormat.rounded`."""
-        groups = as_groups(weight, GROUP)
+        groups = as_groups(weight, GROUP).float()
         exponents = _exponents(largest_of_groups(groups))
-        values = round_to_e4m3_(groups.float() * powers_of_two(_LARGEST_EXPONENT - exponents))
+        values = round_to_e4m3_(groups * powers_of_two(_LARGEST_EXPONENT - exponents))
         return from_groups(values.mul_(powers_of_two(exponents)).to(weight.dtype), weight.shape)
 
     def rounded_rows(self, rows: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class NvFp4:
         problem = self.why_not(tuple(weight.shape))
         if problem is not None:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} cannot be NVFP4: {problem}")
-        groups = as_groups(weight, GROUP)
+        groups = as_groups(weight, GROUP).float()
         scales, matrix_scales = _scales(largest_of_groups(groups), dims=(-3, -2))
         values = from_groups(_values(groups, scales.float() * matrix_scales), weight.shape)
         codes = torch.bucketize(values.abs(), values.new_tensor(_BETWEEN), out_int32=True).to(torch.uint8)
@@ -77,7 +77,7 @@ class NvFp4:
 
 
 def _rounded(matrix: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    groups = as_groups(matrix, GROUP)
+    groups = as_groups(matrix, GROUP).float()
     scales, second = _scales(largest_of_groups(groups), dims)
     products = scales.float() * second
     return from_groups(_values(groups, products).mul_(products).to(matrix.dtype), matrix.shape)
@@ -97,4 +97,4 @@ def _scales(largest: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor,
 
 def _values(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Values of E2M1 as float32 numbers, of groups (..., G, size) with products of both scales (..., G, 1)."""
-    return round_to_e2m1_(groups.float() * scales.reciprocal().clamp_(max=_LARGEST_FACTOR))
+    return round_to_e2m1_(groups * scales.reciprocal().clamp_(max=_LARGEST_FACTOR))
