@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Iterator
 
-HIGH_PRECISION_MODULES = ("embed_tokens", "wte", "wpe", "lm_head", "gate", "router", "shared_expert_gate")
-"""Last parts of the names of modules that no format covers: embeddings, head and routers. Norms and biases, which have
-one dimension, are not covered either."""
+from miles.precision.expert_names import expert_numbers, matrices_in, spellings
+
+_EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")
+_ROUTERS = ("gate", "router", "shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
+HIGH_PRECISION_MODULES = frozenset((*_EMBEDDINGS, *_ROUTERS, "lm_head", "head", "eh_proj", "weights_proj"))
+"""Last parts of the names of modules that no format covers: embeddings, heads and routers, what joins the inputs of MTP
+layers, and the head weights of sparse attention's indexer; published FP8 models keep them too. Gemma 3n's coefficients
+are a few numbers for each token. Norms and biases, which have one dimension, are not covered either."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPRESSION = "re:"
-_FUSED = re.compile(r"\.experts\.(gate_up|down)_proj$")
-_FIRST_EXPERT = {"gate_up": ".experts.0.gate_proj", "down": ".experts.0.down_proj"}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantisedLayers:
     """Names are those of a Hugging Face model, in the module form or the checkpoint form (`miles.weights.naming`)."""
 
@@ -23,31 +28,61 @@ class QuantisedLayers:
     but: tuple[str, ...] = ()
     """Parts of names that no covered matrix has."""
     ignored: tuple[str, ...] = ()
-    """Modules that are not covered, as config.json of a folder lists them: a name stands for the module and those
-    inside, and `re:` begins a regular expression that a name begins with."""
+    """Modules that are not covered, as config.json of a folder lists them: whole names or their ends, and `re:` begins
+    a regular expression that a name begins with."""
+    ignores_inside: bool = True
+    """Whether a name in `ignored` also stands for the modules inside of that one, and may be any part of their
+    names."""
     high_layers: frozenset[int] = frozenset()
     """Numbers of decoder layers of which nothing is covered."""
 
     def cover(self, name: str, dimensions: int) -> bool:
         """Whether the tensor of this name is a matrix that is quantised.
 
-        Experts held in one tensor are asked for by the name of the first one's matrix.
+        A tensor in which matrices of experts are stored together is covered if these are, and so is each of them by its
+        own name. Raises ValueError where only some are.
         """
-        name = _FUSED.sub(lambda found: _FIRST_EXPERT[found[1]], name.removesuffix(".weight"))
-        if dimensions < 2 or name.rpartition(".")[2] in HIGH_PRECISION_MODULES:
+        module = name.removesuffix(".weight")
+        if dimensions < 2 or module.rpartition(".")[2] in HIGH_PRECISION_MODULES:
             return False
-        if any(part in f"{name}.weight" for part in self.but) or any(_holds(entry, name) for entry in self.ignored):
-            return False
-        found = _LAYER.search(name)
+        answers = {self._covers(matrix): matrix for matrix in matrices_in(module, self._expert_numbers)}
+        if len(answers) == 2:
+            problem = f"{name} holds {answers[True]}, which is quantised, and {answers[False]}, which is not"
+            settings = "int4_layers, extra_high_precision_layers_hf and the modules that config.json ignores"
+            raise ValueError(f"{problem}; have {settings} name all matrices of its experts, or none")
+        return True in answers
+
+    def _covers(self, module: str) -> bool:
+        found = _LAYER.search(module)
         if found is not None and int(found[1]) in self.high_layers:
             return False
-        return not self.only or any(part in f"{name}.weight" for part in self.only)
+        names = [f"{spelling}.weight" for spelling in spellings(module)]
+        if any(part in name for part in self.but for name in names) or any(map(self._ignores, spellings(module))):
+            return False
+        return not self.only or any(part in name for part in self.only for name in names)
+
+    def _ignores(self, module: str) -> bool:
+        if self._expression is not None and self._expression.match(module) is not None:
+            return True
+        parts = module.split(".") if self._names else []
+        ends = range(1, len(parts) + 1) if self.ignores_inside else (len(parts),)
+        return any(".".join(parts[start:end]) in self._names for end in ends for start in range(end))
+
+    @functools.cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(entry for entry in self.ignored if not entry.startswith(_EXPRESSION))
+
+    @functools.cached_property
+    def _expression(self) -> re.Pattern[str] | None:
+        """One expression for all that begin with `re:`."""
+        found = [entry.removeprefix(_EXPRESSION) for entry in self.ignored if entry.startswith(_EXPRESSION)]
+        return re.compile("|".join(f"(?:{each})" for each in found)) if found else None
+
+    @functools.cached_property
+    def _expert_numbers(self) -> tuple[int, ...]:
+        """Those of experts that are named, and of the first."""
+        named: Iterator[str] = (entry for entries in (self.only, self.but, self.ignored) for entry in entries)
+        return tuple(sorted({0, *(number for entry in named for number in expert_numbers(entry))}))
 
 
 EVERY_MATRIX = QuantisedLayers()
-
-
-def _holds(entry: str, module: str) -> bool:
-    if entry.startswith(_EXPRESSION):
-        return re.match(entry.removeprefix(_EXPRESSION), module) is not None
-    return module == entry or module.startswith(f"{entry}.")

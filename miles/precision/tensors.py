@@ -12,6 +12,8 @@ from miles.precision.rounding import as_matrices
 from miles.weights.base import WeightsRefused
 from miles.weights.export_format import Entry
 
+_SHOWN = 5
+
 
 class QuantisedTensors:
     """Exports each matrix that a recipe covers as its parts, and other tensors unchanged."""
@@ -21,10 +23,14 @@ class QuantisedTensors:
         self._format = weight_format(recipe)
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Sequence[Entry]:
-        """The parts, or the tensor unchanged."""
+        """The parts, or the tensor unchanged. Raises ValueError for a matrix that the format cannot hold."""
         if not self.covers(name, dtype, len(shape)):
             return ((name, dtype, shape),)
-        matrices = tuple(as_matrices(name, torch.empty(shape, device="meta")).shape)
+        matrices = _matrices(name, shape)
+        problem = self._format.why_not(matrices)
+        if problem is not None:
+            way_out = "choose another group size, or name it in extra_high_precision_layers_hf"
+            raise ValueError(f"{name} cannot be {self.recipe.format}: {problem}; {way_out}")
         return tuple((name + suffix, kind, size) for suffix, kind, size in self._format.parts(dtype, matrices))
 
     def convert(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
@@ -47,26 +53,31 @@ def restored(
     Args:
         expected: Shape of each tensor of the model, by name.
 
-    Raises WeightsRefused naming parts that are missing or have another dtype or shape.
+    Raises WeightsRefused naming parts that are missing or have another dtype or shape, before anything is dequantised,
+    and ValueError for a matrix that the format cannot hold.
     """
     quantised, codec = QuantisedTensors(recipe), weight_format(recipe)
-    left, found, faults = dict(tensors), {}, []
+    left, came, faults = dict(tensors), {}, []
     for name, shape in expected.items():
-        if not recipe.layers.cover(name, len(shape)):
+        if not quantised.covers(name, dtype, len(shape)):
             continue
-        matrices = as_matrices(name, torch.empty(shape, device="meta"))
         layout = quantised.layout(name, dtype, shape)
         parts = {part: left.pop(part, None) for part, _, _ in layout}
-        for part, kind, size in layout:
-            tensor = parts[part]
-            if tensor is None:
-                faults.append(f"{part} is missing")
-            elif tensor.dtype != kind or tuple(tensor.shape) != size:
-                faults.append(f"{part} is {tensor.dtype} {tuple(tensor.shape)} instead of {kind} {size}")
-        if not faults:
-            by_suffix = {part.removeprefix(name): tensor for part, tensor in parts.items() if tensor is not None}
-            found[name] = codec.dequantise(by_suffix, dtype).reshape(matrices.shape).view(shape)
+        faults += [fault for part, kind, size in layout if (fault := _fault(part, parts[part], kind, size))]
+        came[name] = {part.removeprefix(name): tensor for part, tensor in parts.items() if tensor is not None}
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise WeightsRefused(f"{recipe.format} weights do not fit: {'; '.join(faults[:5])}{more}")
-    return found | left
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise WeightsRefused(f"{recipe.format} weights do not fit: {'; '.join(faults[:_SHOWN])}{more}")
+    return {name: codec.dequantise(parts, dtype).view(expected[name]) for name, parts in came.items()} | left
+
+
+def _matrices(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(as_matrices(name, torch.empty(shape, device="meta")).shape)
+
+
+def _fault(part: str, tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    if tensor is None:
+        return f"{part} is missing"
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        return f"{part} is {tensor.dtype} {tuple(tensor.shape)} instead of {dtype} {shape}"
+    return None
