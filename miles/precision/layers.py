@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from miles.precision.expert_names import expert_numbers, matrices_in, spellings
+from miles.precision.megatron_names import ModulePattern, is_kept
 
 _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")
 _ROUTERS = ("gate", "router", "shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
@@ -35,6 +36,8 @@ class QuantisedLayers:
     names."""
     high_layers: frozenset[int] = frozenset()
     """Numbers of decoder layers of which nothing is covered."""
+    modules: tuple[ModulePattern, ...] = ()
+    """Patterns of Megatron-Core's names of modules, some of which leave matrices out."""
 
     def cover(self, name: str, dimensions: int) -> bool:
         """Whether the tensor of this name is a matrix that is quantised.
@@ -55,6 +58,8 @@ class QuantisedLayers:
     def _covers(self, module: str) -> bool:
         found = _LAYER.search(module)
         if found is not None and int(found[1]) in self.high_layers:
+            return False
+        if is_kept(self.modules, module):
             return False
         names = [f"{spelling}.weight" for spelling in spellings(module)]
         if any(part in name for part in self.but for name in names) or any(map(self._ignores, spellings(module))):

@@ -17,8 +17,9 @@ from torch_engine_models import Response, reference_log_probs, respond, running_
 from trainer_cases import job_config, random_groups
 
 from miles.config import JobConfig
+from miles.precision.of_run import rollout_recipe
 from miles.precision.quantization_config import recipe_of
-from miles.services.rollout.engines.checkpoint_weights import read_published, read_weights
+from miles.services.rollout.engines.checkpoint_weights import read_published
 from miles.services.trainer.ranks.worker import create_backend
 from miles.weights.hf_folder.plain_tensors import PlainTensors
 from miles.weights.hf_folder.pretrained import read_model
@@ -50,7 +51,8 @@ def same_tensor(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def config_of(folder: pathlib.Path, run_dir: pathlib.Path, **changes: object) -> JobConfig:
-    return job_config(folder, run_dir=str(run_dir), log_samples_per_step=0, rollout_dtype="bfloat16", **changes)
+    changes = {"rollout_dtype": "bfloat16", **changes}
+    return job_config(folder, run_dir=str(run_dir), log_samples_per_step=0, **changes)
 
 
 @pytest.mark.usefixtures("ranks")
@@ -78,13 +80,15 @@ def test_fsdp_trains_one_and_writes_either_form(tmp_path: pathlib.Path, family: 
     assert recipe_of(json.loads((tmp_path / "rollout" / "config.json").read_text())) == plain.recipe
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES[1:3])
-def test_the_torch_engine_serves_what_its_parts_stand_for(tmp_path: pathlib.Path, family: str, kind: str) -> None:
-    folder = write_quantised(family, tmp_path / "model", RECIPES[kind])
-    weights = read_weights(str(folder), "float32")
+@pytest.mark.parametrize("form", ["auto", "as_trained"])
+def test_the_torch_engine_serves_what_its_parts_stand_for(tmp_path: pathlib.Path, form: str) -> None:
+    folder = write_quantised("Qwen3-MoE", tmp_path / "model", RECIPES["int4, experts"])
+    config = config_of(folder, tmp_path / "run", rollout_dtype="float32", rollout_weight_format=form)
+    weights, recipe = read_published(config), rollout_recipe(config)
+    assert any(name.endswith("_packed") for name in weights) is (recipe is not None) is (form == "auto")
 
     async def answer() -> Response:
-        async with running_engine(folder, weights) as engine:
+        async with running_engine(folder, weights, recipe=recipe) as engine:
             return await respond(engine, PROMPT, max_new_tokens=8, seed=1)
 
     tokens, log_probs, _ = asyncio.run(answer())

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from miles.precision.of_run import export_recipe, rollout_recipe
+from miles.precision.recipe import Recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.fsdp import checkpoint
@@ -20,6 +21,7 @@ from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
 from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, build_roles
+from miles.services.trainer.backends.fsdp.model.matrix_inputs import matrix_inputs
 from miles.services.trainer.backends.fsdp.model.sharded_model import free_gathered, full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.optimizer import state_tensors
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
@@ -30,6 +32,7 @@ from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.precision_metrics import Inputs
 from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
 
 if TYPE_CHECKING:
@@ -95,6 +98,9 @@ class FsdpBackend(BaseBackend[_Parts]):
         if roles.adapter is None:
             refuse_misfits(published, {name: shape for name, _, shape in layout}, "the model has")
         return _Parts(roles, trainer, published, layout)
+
+    def _input_modules(self, recipe: Recipe) -> Inputs:
+        return matrix_inputs(self._loaded.policy, recipe)
 
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
         parts = self._loaded

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from miles.weights.hf_folder.model_config import read_model_config
 
@@ -76,6 +76,14 @@ def read_config(hf_checkpoint: str | pathlib.Path, max_total_tokens: int | None 
                 f"rollout_max_context_len to at most {limit}, or take another engine"
             )
     return config
+
+
+def read_checkpoint(
+    hf_checkpoint: pathlib.Path, max_total_tokens: int | None
+) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The checkpoint's configuration (see `read_config`), tokenizer and end tokens."""
+    config = read_config(hf_checkpoint, max_total_tokens)
+    return config, AutoTokenizer.from_pretrained(hf_checkpoint), end_token_ids(hf_checkpoint, config)
 
 
 def model_shape(config: Any) -> ModelShape:

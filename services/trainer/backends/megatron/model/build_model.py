@@ -23,6 +23,10 @@ from miles.services.trainer.backends.megatron.model.expert_layers import (
 from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
+from miles.services.trainer.backends.megatron.precision.choice import low_precision
+from miles.services.trainer.backends.megatron.precision.covered import apply_recipe
+from miles.services.trainer.backends.megatron.precision.kernels import engine_values
+from miles.services.trainer.backends.megatron.precision.specs import Exchange, exchanging
 from miles.services.trainer.checkpoint.initial_weights import initial_weights
 
 if TYPE_CHECKING:
@@ -139,14 +143,18 @@ def _complete_and_load(
                 layout.mtp_num_layers,
                 with_engine=uses_transformer_engine(config),
                 trained=layout.enable_mtp_training,
+                exchange=_rounded_layer(config),
             )
     prepare_routers(config.moe, chunks[0].config, chunks)
-    if any(task is None for task in bridge.get_conversion_tasks(chunks)):
+    tasks = bridge.get_conversion_tasks(chunks)
+    if any(task is None for task in tasks):
         architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
         raise ValueError(
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
+    if (low := low_precision(config)) is not None:
+        apply_recipe(low, chunks[0].config, tasks)
     read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
     if config.lora.lora_rank and not is_critic:
         from miles.services.trainer.backends.megatron.lora.adapter import attach
@@ -170,7 +178,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
 
     layout = config.megatron
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    with_engine = uses_transformer_engine(config)
+    with_engine, low = uses_transformer_engine(config), low_precision(config)
     values: dict[str, Any] = {
         "params_dtype": compute,
         "pipeline_dtype": compute,
@@ -207,6 +215,8 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
     }
     values |= expert_values(config.moe, with_engine=with_engine, replays=wants_replay(config))
+    if low is not None and low.by_engine:
+        values |= engine_values(config.precision, low.recipe)
     if virtual is not None:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
@@ -219,7 +229,8 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     for name, value in values.items():
         if hasattr(provider, name):
             setattr(provider, name, value)
-    provider.transformer_layer_spec = _layer_spec(provider.transformer_layer_spec, with_engine=with_engine)
+    exchange = _rounded_layer(config)
+    provider.transformer_layer_spec = _layer_spec(provider.transformer_layer_spec, exchange, with_engine=with_engine)
     if not with_engine:
         provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
@@ -234,7 +245,21 @@ def _recomputed(config: JobConfig, *, with_engine: bool) -> list[str]:
     return [name for name in config.megatron.recompute_modules if name not in unable]
 
 
-def _layer_spec(spec: Any, *, with_engine: bool) -> Any:
+def _rounded_layer(config: JobConfig) -> Exchange | None:
+    """What makes classes of layers round what they multiply; None where they need not."""
+    low = low_precision(config)
+    if low is None or low.by_engine:
+        return None
+    if uses_transformer_engine(config):
+        from miles.services.trainer.backends.megatron.precision import rounded_engine_layers
+
+        return rounded_engine_layers.rounded_layer
+    from miles.services.trainer.backends.megatron.precision import rounded_layers
+
+    return rounded_layers.rounded_layer
+
+
+def _layer_spec(spec: Any, exchange: Exchange | None, *, with_engine: bool) -> Any:
     """What makes the layers of a model whose provider makes them by `spec`."""
     from megatron.bridge.models.minimax_m2.minimax_m2_provider import minimax_m2_layer_spec
 
@@ -242,8 +267,10 @@ def _layer_spec(spec: Any, *, with_engine: bool) -> Any:
     from miles.services.trainer.backends.megatron.layers.local_layers import local_spec_like
 
     if not with_engine:
-        return local_spec_like(spec)
-    return with_all_heads_norms(spec) if spec is minimax_m2_layer_spec else spec
+        made = local_spec_like(spec)
+    else:
+        made = with_all_heads_norms(spec) if spec is minimax_m2_layer_spec else spec
+    return made if exchange is None else exchanging(made, exchange)
 
 
 def _fused_kernels(provider: Any) -> dict[str, bool]:

@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
+from miles.precision.emulation.experts import PADDED
 
 
 def experts(dtype: torch.dtype) -> tuple[Qwen3MoeExperts, Qwen3MoeConfig]:
@@ -24,14 +24,14 @@ def test_padded_experts_equal_the_stock_ones() -> None:
     chosen = torch.rand(40, 6).topk(2).indices
     config._experts_implementation = "eager"
     expected = module(hidden, chosen, weights)
-    config._experts_implementation = EXPERTS_NAME
+    config._experts_implementation = PADDED
     torch.testing.assert_close(module(hidden, chosen, weights), expected, atol=1e-5, rtol=0)
 
 
 def test_a_token_comes_out_the_same_whatever_tokens_are_beside_it() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         module, config = experts(dtype)
-        config._experts_implementation = EXPERTS_NAME
+        config._experts_implementation = PADDED
         hidden, weights = torch.randn(200, 96).to(dtype), torch.rand(200, 2).to(dtype)
         chosen = torch.rand(200, 6).topk(2).indices
         together = module(hidden, chosen, weights)
