@@ -32,6 +32,8 @@ from benchmarks.gpu.megatron_step import PEAK_FLOPS, active_parameters, job_conf
 from benchmarks.gpu.models import config_of, write_checkpoint
 
 FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
+SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+"""What TransformerEngine takes its kind of scales from, when it is imported; a run sets it by fp8_block_scales."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": FP8,
@@ -77,9 +79,13 @@ class Variant:
         self.name = name
         told = vars(args) | {"flags": [], "settings": VARIANTS[name], "model": str(model), "name": name}
         self._log = (logs / f"{name}.log").open("w")
+        environment = {key: value for key, value in os.environ.items() if key != SCALES}
+        if "fp8_format" in VARIANTS[name] and VARIANTS[name].get("fp8_block_scales") != "power_of_two":
+            environment[SCALES] = "1"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.fp8_step", "--worker", json.dumps(told, default=str)],
             cwd=REPOSITORY,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -67,13 +67,12 @@ ROWS: Rows = {
     "tokens whose weight TIS clips": ("tis_clipfrac", "{:.3%}"),
     "reward of the first fifth of the steps": ("first_reward", "{:.3f}"),
     "reward of the last fifth": ("last_reward", "{:.3f}"),
-    "bytes of a weight update, MB": ("update_mb", "{:,.1f}"),
+    "a weight update, GB": ("update_gb", "{:.3f}"),
     "weights of the engine on the GPU, GB": ("engine_weights_gb", "{:.2f}"),
     "the engine gives back in a turn, GB": ("engine_gb", "{:.2f}"),
     "the trainer gives back in a turn, GB": ("trainer_gb", "{:.2f}"),
     "most of the GPU's memory in use, GB": ("most_gb", "{:.1f}"),
 }
-_PUBLISHED = re.compile(r"version (\d+) is prepared \((\d+) bytes\)")
 _LOADED = re.compile(r"Load weight end\..*?mem usage=([\d.]+) GB")
 
 
@@ -82,6 +81,7 @@ def details(folder: pathlib.Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     steps = steps_of(folder)
     for name, key in (
+        ("update_gb", "perf/update_weights_gb"),
         ("engine_gb", "perf/offload_rollout_gb"),
         ("trainer_gb", "perf/offload_train_gb"),
         ("usual_largest_diff", "train/train_rollout_logprob_abs_diff_max"),
@@ -94,8 +94,6 @@ def details(folder: pathlib.Path) -> dict[str, Any]:
         rewards = [line["rollout/raw_reward"] for line in steps]
         result |= {"first_reward": statistics.mean(rewards[:fifth]), "last_reward": statistics.mean(rewards[-fifth:])}
     logs = folder / "logs"
-    if published := _PUBLISHED.findall(_text(logs / "controller.log")):
-        result["update_mb"] = statistics.median(int(nbytes) for _, nbytes in published) / 1e6
     for server in sorted(logs.glob("*sglang*.log")):
         if loaded := _LOADED.findall(_text(server)):
             result["engine_weights_gb"] = float(loaded[-1])

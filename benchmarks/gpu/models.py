@@ -11,7 +11,7 @@ WIDE_SIZES = (*("hidden_size", "intermediate_size", "num_hidden_layers", "num_at
 WIDE = {
     "wide": (4096, 14336, 4, 32, 8),
     "wider": (8192, 28672, 2, 64, 8),
-    "wide-served": (2560, 9728, 24, 20, 4),
+    "wide-served": (2560, 9728, 24, 32, 8),
     "tiny-wide": (128, 256, 1, 2, 1),
 }
 """Dense models of which all matrices are multiples of 128, heads too."""
@@ -20,8 +20,8 @@ WIDE = {
 def config_of(kind: str) -> Any:
     """Configuration of `dense` (0.18 B parameters), `moe` (0.4 B, 32 experts) or `large` (2 B: 4 GB in bfloat16).
 
-    `wide` has four layers of Llama-3-8B's sizes, `wider` two of Llama-3-70B's, and `wide-served` 24 layers of half of
-    the former's (2.7 B). `tiny`, `tiny-moe` and `tiny-wide` have the shapes of others, and next to no arithmetic: for a
+    `wide` has four layers of Llama-3-8B's sizes, `wider` two of Llama-3-70B's, and `wide-served` 24 of
+    Qwen3-4B's (2.6 B). `tiny`, `tiny-moe` and `tiny-wide` have the shapes of others, and next to no arithmetic: for a
     CPU.
     """
     from transformers import Qwen3Config, Qwen3MoeConfig

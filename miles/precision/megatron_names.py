@@ -38,7 +38,7 @@ def modules_of(name: str) -> tuple[str, ...]:
     """Names that Megatron-Core may have for the module with this matrix of a Hugging Face model.
 
     Layers are counted through the whole model, and experts of a layer are one module. A matrix without a known
-    counterpart keeps its name within the layer.
+    counterpart keeps its name within the layer, with linear_ or without.
     """
     found = _LAYER.search(name.removesuffix(".weight"))
     if found is None:
@@ -53,7 +53,8 @@ def modules_of(name: str) -> tuple[str, ...]:
     elif within.startswith("self_attn.") and within.count(".") == 1:
         inner = tuple(f"self_attention.{each}" for each in _ATTENTION.get(leaf, (leaf,)))
     else:
-        inner = (within.replace("self_attn.", "self_attention.", 1),)
+        within = within.replace("self_attn.", "self_attention.", 1)
+        inner = (within, f"{within.removesuffix(leaf)}linear_{leaf}")
     return tuple(f"decoder.layers.{found[1]}.{each}" for each in inner)
 
 

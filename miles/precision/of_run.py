@@ -73,14 +73,9 @@ def folder_recipe(model: Mapping[str, Any]) -> Recipe | None:
 
 def model_config(config: JobConfig) -> dict[str, Any]:
     """config.json of the job's model; empty when it cannot be read."""
-    return model_config_of(str(config.rollout.hf_checkpoint))
-
-
-def model_config_of(folder: str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder; empty when it cannot be read."""
     from miles.config.checks.json_file import read_json_object  # rules of the configuration import this module
 
-    return read_json_object(pathlib.Path(folder) / "config.json")
+    return read_json_object(pathlib.Path(str(config.rollout.hf_checkpoint)) / "config.json")
 
 
 def _recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) -> Recipe:

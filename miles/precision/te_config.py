@@ -67,7 +67,7 @@ def _read(value: str) -> Mapping[str, Any]:
         raise PrecisionFileError("what follows base64: is not base64") from error
     except OSError as error:
         raise PrecisionFileError(f"it cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise PrecisionFileError("it is not YAML") from error
     if not isinstance(content, Mapping):
         raise PrecisionFileError("it has no configs and matchers")

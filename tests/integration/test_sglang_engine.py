@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 import torch
 from sglang_kit import (
+    CPU_FLAGS,
     ON_GPU,
     Response,
     have_sglang,
@@ -27,9 +28,10 @@ from miles.services.rollout.engines.base import FinishReason, GenerationRequest,
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.requests.payload import to_payload
+from miles.services.rollout.engines.sglang.server.flags import DRAIN, KEEP_WORKSPACES
 from miles.services.rollout.engines.sglang.server.probes import probe
 from miles.services.rollout.engines.sglang.server.served_model import served_quantisation, write_folder
-from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device, held_format
+from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
 from miles.services.rollout.engines.sglang.weights.files import write_files
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
 from miles.telemetry.tracing import spans_between
@@ -62,7 +64,8 @@ async def engine(folder: pathlib.Path, models: Models) -> AsyncIterator[SglangEn
     """Started on a folder of FP8 weights, which are served as they were trained."""
     stated = served_quantisation(Recipe(format="fp8_block"), {})
     write_folder(folder / "stated", str(folder / "0"), stated)
-    async with running(options(folder / "stated", folder / "logs")) as started:
+    flags = CPU_FLAGS | {"custom_weight_loader": [KEEP_WORKSPACES, DRAIN]}
+    async with running(options(folder / "stated", folder / "logs", server_flags=flags)) as started:
         assert started.version is None
         await started.load_weights(0, weights_of(models[0]))
         yield started
@@ -216,11 +219,10 @@ async def test_a_server_starts_without_the_weights_of_a_folder_in_another_format
     assert not model.has_weights
     served = await engine.replicas[0].api.get("/server_info", 60.0)
     assert (served["model_path"], served["load_format"]) == (model.folder, "dummy")
-    assert held_format((await checksum(engine.replicas[0].api, "all", 60.0)).names) is None
     wrong = options(
         *(folder / "stated", folder), addresses=(engine.replicas[0].api.address,), recipe=Recipe(format="fp8_block")
     )
-    with pytest.raises(ServerUnstartable, match=r"holds weights in float32, and versions come in fp8_block"):
+    with pytest.raises(ServerUnstartable, match=r"to hold weights in float32, and versions come in fp8_block"):
         await SglangEngine(wrong).start()
 
 
@@ -237,7 +239,7 @@ async def test_weights_that_no_update_brought_are_found(
     api = engine.replicas[0].api
     name, tensor = next(iter(weights_of(models[0]).items()))
     await write_files(tmp_path / "x", [[(name, tensor + 1e-3)]])
-    await WeightUpdate(api, None, "all", 60.0).from_files(tmp_path / "x")
+    await WeightUpdate(api, None, "all", 60.0, repacks=True, drains=True).from_files(tmp_path / "x")
     with pytest.raises(ChecksumMismatch, match="did not hold"):
         await engine.weight_bytes()
     await serve(engine, models)

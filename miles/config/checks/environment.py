@@ -334,9 +334,9 @@ _MODEL_CHECKS: tuple[Rule, ...] = (
     architecture_faults,
     dispatcher_faults,
     engine_faults,
-    export_faults,
     precision_faults,
     served_precision_faults,
+    export_faults,
 )
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.precision_sizes import covered, cut_problem, matrices, undivided
+from miles.config.checks.precision_sizes import covered, cut_problem, matrices, narrow, parted, split_experts, undivided
 from miles.config.rules.precision import (
     EXCEPTIONS,
     precision_file_faults,
@@ -20,7 +21,7 @@ from miles.config.rules.precision import (
     without_format,
 )
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.memory.model import ModelShape, shape_of
 from miles.precision.number_types import AUTO
@@ -39,6 +40,9 @@ _SCALES = {True: "power_of_two", False: "float32"}
 
 def precision_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield a fault for each setting that does not go with the folder's format, or with the model's sizes."""
+    if s.low_precision_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        remedy = "install it where the trainer runs (docs/megatron.md), or set it to emulated"
+        yield RunFault("low_precision_impl", s.low_precision_impl, "TransformerEngine is not installed here", remedy)
     file = s.te_precision_config_file
     if file is not None and not file.startswith(BASE64):
         faults = list(precision_file_faults(s))
@@ -117,21 +121,26 @@ def _sizes(s: FlatSettings, trained: Recipe | None, served: Recipe | None, shape
     for recipe in dict.fromkeys(each for each in (trained, served) if each is not None):
         if not any(covered(recipe, shape)):
             yield _nothing_covered(s, recipe, shape)
-        elif (matrix := undivided(recipe, shape)) is not None and recipe.format == "int4":
+        elif (matrix := undivided(recipe, shape)) is not None:
             problem = f"rows of {matrix.name} have {matrix.shape[1]} numbers, which it does not divide"
             yield Fault("int4_group_size", recipe.group_size, problem, "choose one that does")
-        elif matrix is not None:
-            key = switch(s) if recipe == trained else "rollout_weight_format"
-            problem = f"rows of {matrix.name} have {matrix.shape[1]} numbers, no whole number of groups"
-            remedy = "name it in extra_high_precision_layers_hf, or choose another format"
-            yield Fault(key, getattr(s, key), problem, remedy)
+        elif (why := split_experts(recipe, shape)) is not None:
+            said = [key for key in ("int4_layers", *EXCEPTIONS) if getattr(s, key) != catalog()[key].default]
+            value = getattr(s, said[0]) if said else s.hf_checkpoint
+            shown = list(value) if isinstance(value, tuple) else value
+            yield Fault(said[0] if said else "hf_checkpoint", shown, why, "cover all of them, or none")
+            return
     if trained is None or s.train_backend != "megatron":
         return
-    if why_emulated(s) is None and s.low_precision_impl != "emulated":
-        return  # kernels round each rank's part by itself
+    if trained.rounds_inputs and (pair := parted(trained, shape)) is not None:
+        problem = f"Megatron multiplies {pair[0]} and {pair[1]} at once, and the first alone is in {trained.format}"
+        remedy = "set extra_high_precision_layers_hf to keep both out, or train with fsdp"
+        yield Fault("train_backend", s.train_backend, problem, remedy)
     sizes = {"tensor": s.tensor_model_parallel_size, "expert_tensor": s.expert_tensor_parallel_size}
-    if (cut := cut_problem(trained, shape, **sizes)) is not None:
-        key, problem = cut
+    emulated = why_emulated(s) is not None or s.low_precision_impl == "emulated"
+    found = cut_problem(trained, shape, **sizes) if emulated else narrow(trained, shape, **sizes)
+    if found is not None:  # kernels round each rank's part by itself, so that a cut may be anywhere
+        key, problem = found
         yield Fault(key, getattr(s, key), problem, "lower it, or train with fsdp")
 
 

@@ -11,6 +11,8 @@ from miles.precision.recipe import Recipe
 from miles.precision.shards import COLUMNS, ROWS, cut_fault
 
 _REPLICATED = ("replicated",)
+_KERNEL_UNIT = 16
+_FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 _OUTPUTS = ("o_proj", "down_proj")
 """Matrices that tensor parallelism cuts along their columns; others along their rows."""
 
@@ -42,12 +44,49 @@ def coverage(recipe: Recipe, shape: ModelShape) -> Coverage:
 
 
 def undivided(recipe: Recipe, shape: ModelShape) -> Tensors | None:
-    """The first covered matrix whose rows are no whole number of the recipe's groups; None when there is none.
+    """The first covered matrix whose rows are no whole number of INT4's groups; None when there is none.
 
-    Blocks of FP8 at the edges of a matrix may be smaller.
+    Blocks and groups of other formats may be smaller at the edges of a matrix.
     """
-    size = {"int4": recipe.group_size, "mxfp8": 32, "nvfp4": 16}.get(recipe.format, 1)
+    size = recipe.group_size if recipe.format == "int4" else 1
     return next((each for each in covered(recipe, shape) if each.shape[COLUMNS] % size), None)
+
+
+def split_experts(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Why experts that are held as one tensor cannot be in a recipe's format; None when they can, or are not."""
+    for layer in sorted(shape.expert_layers):
+        for matrices_of_all in ("gate_up_proj", "down_proj"):
+            try:
+                recipe.layers.cover(f"model.layers.{layer}.mlp.experts.{matrices_of_all}", 3)
+            except ValueError as error:
+                return str(error).partition(";")[0]
+    return None
+
+
+def parted(recipe: Recipe, shape: ModelShape) -> tuple[str, str] | None:
+    """A covered matrix and one that is not, which Megatron multiplies at once; None when there are none."""
+    together: dict[str, tuple[str, bool]] = {}
+    for each in matrices(shape):
+        within, _, leaf = each.name.rpartition(".")
+        kind = next((kind for kind, leaves in _FUSED.items() if leaf in leaves), leaf)
+        if shape.latent is not None and kind == "qkv":
+            continue  # latent attention multiplies queries by themselves
+        is_covered = recipe.layers.cover(each.name, 2)
+        other, other_covered = together.setdefault(f"{within}.{kind}", (each.name, is_covered))
+        if is_covered != other_covered:
+            return (each.name, other) if is_covered else (other, each.name)
+    return None
+
+
+def narrow(recipe: Recipe, shape: ModelShape, *, tensor: int, expert_tensor: int) -> tuple[str, str] | None:
+    """Which of Megatron's sizes leaves a rank a matrix that FP8 kernels do not take, and how; see `cut_problem`."""
+    for each, key, ranks, dimension in _on_ranks(recipe, shape, tensor, expert_tensor):
+        sizes = list(each.shape)
+        sizes[dimension] //= ranks
+        if any(size % _KERNEL_UNIT for size in sizes):
+            problem = f"{each.name} is {sizes[0]} x {sizes[1]} on a rank, and FP8 kernels take multiples of"
+            return key, f"{problem} {_KERNEL_UNIT}"
+    return None
 
 
 def cut_problem(recipe: Recipe, shape: ModelShape, *, tensor: int, expert_tensor: int) -> tuple[str, str] | None:
@@ -57,16 +96,23 @@ def cut_problem(recipe: Recipe, shape: ModelShape, *, tensor: int, expert_tensor
         tensor: tensor_model_parallel_size.
         expert_tensor: expert_tensor_parallel_size.
     """
-    for each in covered(recipe, shape):
-        key, ranks = ("tensor_model_parallel_size", tensor)
-        if each.kind == "experts":
-            key, ranks = "expert_tensor_parallel_size", expert_tensor
-        if each.kind == "key_values":
-            ranks = min(ranks, shape.key_value_heads)
-        if ranks == 1 or each.kind in _REPLICATED:
-            continue
-        dimension = COLUMNS if each.name.rpartition(".")[2] in _OUTPUTS else ROWS
-        problem = cut_fault(recipe, dimension, each.shape[dimension] // ranks)
+    for each, key, ranks, dimension in _on_ranks(recipe, shape, tensor, expert_tensor):
+        problem = None if ranks == 1 else cut_fault(recipe, dimension, each.shape[dimension] // ranks)
         if problem is not None:
             return key, f"of {each.name}, {problem}"
     return None
+
+
+def _on_ranks(
+    recipe: Recipe, shape: ModelShape, tensor: int, expert_tensor: int
+) -> Iterator[tuple[Tensors, str, int, int]]:
+    """Covered matrices, which of Megatron's sizes cuts each, into how many parts, and along which dimension."""
+    for each in covered(recipe, shape):
+        key, ranks = "tensor_model_parallel_size", tensor
+        if each.kind == "experts":
+            key, ranks = "expert_tensor_parallel_size", expert_tensor
+        elif each.kind == "key_values":
+            ranks = min(ranks, shape.key_value_heads)
+        elif each.kind in _REPLICATED:
+            ranks = 1
+        yield each, key, ranks, COLUMNS if each.name.rpartition(".")[2] in _OUTPUTS else ROWS

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import ConfigError, Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.server_groups import READ, Server, servers_of_service
 from miles.engine_spec import engine_spec
 from miles.memory.model import ModelShape, shape_of
-from miles.precision.of_run import model_config_of, rollout_recipe_of
+from miles.precision.of_run import rollout_recipe_of
 from miles.precision.recipe import Recipe
 
 _BLOCK = 128
@@ -48,7 +50,7 @@ def served_precision_faults(s: FlatSettings) -> Iterator[Fault]:
     """
     if s.rollout_backend != "sglang" or s.debug_train_only or not s.hf_checkpoint:
         return
-    model = model_config_of(s.hf_checkpoint)
+    model = read_json_object(pathlib.Path(s.hf_checkpoint) / "config.json")
     recipe = rollout_recipe_of(s, model)
     if recipe is None or recipe.format not in engine_spec("sglang").weight_formats:
         return  # a rule reports formats that it does not take

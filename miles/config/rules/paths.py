@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from miles.config.eval_sets import INLINE
 from miles.config.rules.registry import rule
@@ -13,7 +13,10 @@ from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.sections.distillation import split_name
 from miles.ownership.place import stepless
+from miles.precision.te_config import BASE64
 
+_CONTENT: Mapping[str, str] = {"eval_config": INLINE, "te_precision_config_file": BASE64}
+"""Settings that name a file or, after this beginning, are its content."""
 _NAME_BYTES = 255
 _PATH_BYTES = 4000
 """Less than Linux takes, as names are added below."""
@@ -83,7 +86,7 @@ def _first_bad(entry: Entry, value: object) -> str | None:
 
 def _paths(entry: Entry, value: object) -> list[str]:
     if isinstance(value, str):
-        return [] if entry.key == "eval_config" and value.startswith(INLINE) else [value]
+        return [] if value.startswith(_CONTENT.get(entry.key, "\0")) else [value]
     if not isinstance(value, tuple | list):
         return []
     if entry.metavar.startswith("[NAME=]"):

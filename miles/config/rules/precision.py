@@ -86,7 +86,10 @@ def engines_take_the_format(s: FlatSettings) -> Iterator[Fault]:
     elif wanted not in engine_spec(s.rollout_backend).weight_formats:
         able = [name for name, spec in ENGINE_SPECS.items() if wanted in spec.weight_formats]
         problem = f"rollout_backend = {s.rollout_backend} does not take {'it' if value == wanted else wanted}"
-        yield Fault(key, value, problem, f"set rollout_backend to {' or '.join(able)}")
+        remedy = f"set rollout_backend to {' or '.join(able)}"
+        if value != wanted:
+            remedy += ", or rollout_weight_format to as_trained"
+        yield Fault(key, value, problem, remedy)
 
 
 @rule

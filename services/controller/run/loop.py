@@ -96,6 +96,8 @@ class RunLoop:
                 **step_metrics(done.metrics, batch, len(admission.ready), times, ranks, self._config.debug.has_trainer),
                 **run.turns.take_metrics(),
             }
+            if run.publisher.publishes:
+                metrics["perf/update_weights_gb"] = run.publisher.newest_bytes / 1e9
             run.history.metrics_later(step, metrics)
             await run.traces.note(step, phases)
         with span("after step"):

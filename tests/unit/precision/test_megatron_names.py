@@ -21,7 +21,10 @@ from miles.precision.megatron_names import ModulePattern, is_kept, modules_of
         ("model.layers.1.mlp.experts.31.down_proj.weight", ("decoder.layers.1.mlp.experts.linear_fc2",)),
         ("model.layers.1.block_sparse_moe.experts.0.w3.weight", ("decoder.layers.1.mlp.experts.linear_fc1",)),
         ("model.layers.1.mlp.shared_expert.gate_proj.weight", ("decoder.layers.1.mlp.shared_experts.linear_fc1",)),
-        ("model.layers.1.self_attn.indexer.wk.weight", ("decoder.layers.1.self_attention.indexer.wk",)),
+        (
+            "model.layers.1.self_attn.indexer.wk.weight",
+            ("decoder.layers.1.self_attention.indexer.wk", "decoder.layers.1.self_attention.indexer.linear_wk"),
+        ),
         ("lm_head.weight", ()),
     ],
 )

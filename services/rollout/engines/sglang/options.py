@@ -84,6 +84,11 @@ class SglangOptions:
         return self.recipe is not None and self.recipe.format == "int4"
 
     @property
+    def takes_fp8_tensors(self) -> bool:
+        """Whether FP8 weights come in update sessions, and not as files."""
+        return self.recipe is not None and self.recipe.format == "fp8_block" and self.weight_path != "disk"
+
+    @property
     def count(self) -> int:
         """Servers of this engine."""
         return len(self.addresses) or len(self.servers) or self.engines

@@ -21,6 +21,7 @@ from miles.services.trainer.backends.megatron.lora.adapter import Adapter, descr
 from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
 from miles.services.trainer.backends.megatron.model.matrix_inputs import matrix_inputs
 from miles.services.trainer.backends.megatron.parallel import groups
+from miles.services.trainer.backends.megatron.precision import kernels
 from miles.services.trainer.backends.megatron.precision.choice import low_precision
 from miles.services.trainer.backends.megatron.precision.covered import differences
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
@@ -124,6 +125,9 @@ class MegatronBackend(BaseBackend[_Parts]):
         write_hf_checkpoint(directory, source, model, tensors, dtype, recipe=recipe, chat_template=template)
         if parts.adapter is not None:
             parts.adapter.write(directory / "adapter", str(source))
+
+    def _before_release(self, parts: _Parts) -> None:
+        kernels.drop_copies(parts.roles.policy.model.bare_chunks)
 
     def _held(self, parts: _Parts) -> Held:
         learners = [learner for learner in (parts.roles.policy, parts.roles.critic) if learner is not None]

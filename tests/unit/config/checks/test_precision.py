@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from config_cases import MINIMAL
 
+from miles.config.backends import is_installed
 from miles.config.checks.precision import precision_faults
 from miles.config.job import examine
 
@@ -113,10 +114,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
         "int4_group_size = 64, but rows of model.layers.0.mlp.experts.0.down_proj have 96 numbers, which it does not",
     ),
     (
-        {**DENSE, "intermediate_size": 528}, None, {"rollout_weight_format": "mxfp8"},
-        "rollout_weight_format = mxfp8, but rows of model.layers.0.mlp.down_proj have 528 numbers, no whole number of",
-    ),
-    (
         MOE, None,
         {**FP8, **MEGATRON, "tensor_model_parallel_size": 2, "sequence_parallel": True, "actor_num_gpus_per_node": 2},
         "tensor_model_parallel_size = 2, but of model.layers.0.self_attn.k_proj, ranks hold 64 of its rows, which",
@@ -128,6 +125,33 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
             "tensor_model_parallel_size": 2, "sequence_parallel": True, "actor_num_gpus_per_node": 2,
         },
         "expert_tensor_parallel_size = 2, but of model.layers.0.mlp.experts.0.down_proj, ranks hold 64 of its columns",
+    ),
+    (
+        MOE, None, {**FP8, "train_backend": "megatron", "extra_high_precision_layers_hf": [".q_proj"]},
+        "train_backend = megatron, but Megatron multiplies model.layers.0.self_attn.k_proj and "
+        "model.layers.0.self_attn.q_proj at once, and the first alone is in fp8_block; set extra_high",
+    ),
+    (
+        {**MOE, "moe_intermediate_size": 48}, None,
+        {
+            **FP8, "train_backend": "megatron", "device": "cuda", "expert_tensor_parallel_size": 2,
+            "tensor_model_parallel_size": 2, "sequence_parallel": True, "actor_num_gpus_per_node": 2,
+        },
+        "expert_tensor_parallel_size = 2, but model.layers.0.mlp.experts.0.gate_proj is 24 x 256 on a rank, and FP8",
+    ),
+    (
+        MOE, None, {"int4_qat": True, "int4_layers": [".gate_proj"]},
+        'int4_layers = [".gate_proj"], but model.layers.0.mlp.experts.gate_up_proj holds '
+        "model.layers.0.mlp.experts.0.gate_proj, which is quantised, and model.layers.0.mlp.experts.0.up_proj, which",
+    ),
+    (
+        MOE, {**FP8_FOLDER, "modules_to_not_convert": ["model.layers.1.mlp.experts.3.up_proj"]}, {},
+        "hf_checkpoint = ",
+    ),
+    (
+        MOE, None,
+        {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "megatron", "device": "cuda"},
+        "low_precision_impl = transformer_engine, but TransformerEngine is not installed here; install it where",
     ),
     (
         MOE, None, {**FP8, "te_precision_config_file": "/nothing.yaml"},
@@ -144,6 +168,8 @@ def test_what_says_otherwise_is_refused(
     changes: dict[str, Any],
     expected: str,
 ) -> None:
+    if "is not installed" in expected and is_installed("transformer_engine"):
+        pytest.skip("TransformerEngine is installed")
     (found,) = faults(tmp_path, model, quantised, **changes)
     assert found.startswith(expected)
 
@@ -158,6 +184,8 @@ def test_what_says_otherwise_is_refused(
         (MOE, INT4_FOLDER, {"int4_qat": True, "int4_group_size": 32, "int4_layers": [".experts."]}),
         (MOE, INT4_FOLDER, {}),
         (DENSE, None, {"int4_qat": True, "int4_layers": ["."]}),
+        (MOE, None, {"int4_qat": True, "int4_layers": [".q_proj"], "train_backend": "megatron", "device": "cpu"}),
+        (MOE, None, {**FP8, "train_backend": "fsdp", "extra_high_precision_layers_hf": [".q_proj"]}),
         (MOE, None, {**FP8, **MEGATRON, "expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2}),
     ],
 )

@@ -977,6 +977,7 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "FP8 training and rollouts": {**SGLANG, **FP8, "rollout_weight_format": "fp8_block"},
     "gradients in e5m2": {**FP8, "fp8_format": "hybrid", "train_backend": "megatron", "device": "cuda"},
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
+    "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
 }

@@ -15,9 +15,9 @@ DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 
 ACCEPTANCE_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 
-KEEP_WORKSPACES = "miles_marlin_workspaces.keep"
-"""A function that servers can import and call; see `in_server`."""
-CUSTOM_LOADERS = "custom_weight_loader"
+KEEP_WORKSPACES, DRAIN = "miles_in_server.keep_workspaces", "miles_in_server.drain"
+"""Functions that servers can import and call; see `in_server`."""
+_CUSTOM_LOADERS = "custom_weight_loader"
 
 SPARE_TOKENS = 6
 """Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
@@ -58,8 +58,8 @@ def command(options: SglangOptions, index: int, port: int, model: ServedModel) -
             # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one.
             arguments += ["--enable-draft-weights-cpu-backup"]
     flags = dict(options.flags_of(index))
-    if options.repacks:
-        flags[CUSTOM_LOADERS] = [KEEP_WORKSPACES, *custom_loaders(flags)]
+    if options.recipe is not None:
+        flags[_CUSTOM_LOADERS] = [KEEP_WORKSPACES, DRAIN, *_custom_loaders(flags)]
     return [*arguments, *passed_through(flags)]
 
 
@@ -89,9 +89,13 @@ def has_draft_weights(flags: Mapping[str, Any]) -> bool:
     return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
 
 
-def custom_loaders(flags: Mapping[str, Any]) -> tuple[str, ...]:
-    """Functions of its own that a server with these flags can load weights by."""
-    return tuple(flags.get(CUSTOM_LOADERS) or ())
+def has_functions(flags: Mapping[str, Any]) -> bool:
+    """Whether a server with these flags can call those of `in_server`."""
+    return {KEEP_WORKSPACES, DRAIN} <= set(_custom_loaders(flags))
+
+
+def _custom_loaders(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(flags.get(_CUSTOM_LOADERS) or ())
 
 
 def lossy_acceptance(flags: Mapping[str, Any]) -> str:

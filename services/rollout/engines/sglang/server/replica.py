@@ -61,6 +61,8 @@ class Replica:
         self._loads = 0
         self.ranks = options.gpus_per_engine if options.addresses else options.gpus_of(index)
         """Its tensor-parallel size; an attached server reports its own."""
+        self.has_functions = self.managed and options.recipe is not None
+        """Whether it can call those of `in_server`; an attached server reports its own."""
         self.batches = Batches(self._generate, self._post_abort)
         """Generates responses; requests that arrive together share a POST."""
         self.member: ServerMember | None = None
@@ -80,6 +82,11 @@ class Replica:
         self._progress_s = time.monotonic()
         """When its scheduler last made progress, or had nothing to do."""
         self._reported_at = 0.0
+
+    @property
+    def drains_in_updates(self) -> bool:
+        """Whether updates wait for its GPU; otherwise a checksum of nothing does, which leaves out no FP8 weights."""
+        return self.has_functions and self._options.takes_fp8_tensors
 
     @property
     def name(self) -> str:
@@ -192,6 +199,7 @@ class Replica:
             try:
                 answer = await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
                 self.ranks = int(answer.get("tp_size") or self.ranks)
+                self.has_functions |= flags.has_functions(answer)
                 return
             except (EngineFailed, ServerRefused) as error:
                 problem = str(error)
@@ -283,6 +291,11 @@ class Replica:
         await self.api.post("/pause_generation", {"mode": mode}, self._options.call_timeout_s)
         # To retract, a scheduler first waits for the step under way; an idle one has nothing left on its GPU then.
         if self._options.on_gpu and not (idle and mode == "retract"):
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Return once its GPU has finished all its work; at once if updates themselves wait for it."""
+        if not self.drains_in_updates:
             await drain_device(self.api, self._options.call_timeout_s)
 
     async def resume(self) -> None:

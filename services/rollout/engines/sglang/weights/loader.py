@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from miles.services.rollout.engines.base import EngineFailed
-from miles.services.rollout.engines.sglang.errors import ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
@@ -97,20 +96,6 @@ class WeightLoader:
         quantisation = None if recipe is None else served_quantisation(recipe, self._layout.shapes)
         write_folder(Path(own), folder, quantisation)
         return ServedModel(own, positions, has_weights=False)
-
-    async def check_attached(self) -> None:
-        """Raise ServerUnstartable when a server that runs already does not hold weights in the format of the versions.
-
-        SGLang would convert values to the type that it holds them in, and leave scales out.
-        """
-        wanted = None if self._options.recipe is None else self._options.recipe.format
-        for replica in self._servers.replicas:
-            names = (await checker.checksum(replica.api, "target", self._options.call_timeout_s)).names
-            if (held := checker.held_format(names)) != wanted:
-                raise ServerUnstartable(
-                    f"{replica.api.address} holds weights in {held or self._options.dtype}, and versions come in "
-                    f"{wanted or self._options.dtype}; set rollout_weight_format, or start it with such a model folder"
-                )
 
     def keep_draft_apart(self, algorithm: str) -> None:
         """Load the policy's versions into the policy only: the servers have a draft model with weights of its own."""
@@ -278,13 +263,13 @@ class WeightLoader:
         if self._options.weight_path == "disk" and selector != "draft":
             await self._push_files(replicas, version, staged.parts)
             return
-        ready, timeout_s = staged, self._options.call_timeout_s
+        ready = staged
 
         async def update(replica: Replica) -> None:
             push = self._update(replica, version, selector)
-            await push.from_tensors(ready.buckets(len(replicas)), replica.ranks)
+            await push.from_tensors(ready.buckets(len(replicas)))
             if ready.copied_on_gpu:
-                await checker.drain_device(replica.api, timeout_s)
+                await replica.drain()
 
         if selector == "draft":  # a server that refuses a draft serves the policy as before
             await self._servers.call_each(replicas, update, "load its draft model", blamed=(EngineFailed,))
@@ -292,8 +277,13 @@ class WeightLoader:
             await self._servers.call_each(replicas, update, f"load version {version}")
 
     def _update(self, replica: Replica, version: int | None, selector: Selector) -> WeightUpdate:
-        repacking = replica.ranks if self._options.repacks and selector != "draft" else 0
-        return WeightUpdate(replica.api, version, selector, self._options.call_timeout_s, repacking_ranks=repacking)
+        repacks, timeout_s = self._options.repacks and selector != "draft", self._options.call_timeout_s
+        return WeightUpdate(
+            *(replica.api, version, selector, timeout_s),
+            ranks=replica.ranks,
+            repacks=repacks,
+            drains=replica.drains_in_updates,
+        )
 
     async def _push_remote(
         self, replicas: Sequence[Replica], version: int | None, weights: RemoteWeights, selector: Selector
@@ -308,7 +298,7 @@ class WeightLoader:
             push = self._update(replica, version, selector)
             await push.from_sources(replica.member, weights)
             if self._options.on_gpu:
-                await checker.drain_device(replica.api, timeout_s)
+                await replica.drain()
             found[replica.name] = await checker.checksum(replica.api, selector, timeout_s)
 
         await self._servers.call_each(replicas, update, f"receive version {version} from the trainer")

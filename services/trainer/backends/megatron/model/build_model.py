@@ -23,10 +23,9 @@ from miles.services.trainer.backends.megatron.model.expert_layers import (
 from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
-from miles.services.trainer.backends.megatron.precision.choice import low_precision
+from miles.services.trainer.backends.megatron.precision.choice import LowPrecision, low_precision
 from miles.services.trainer.backends.megatron.precision.covered import apply_recipe
 from miles.services.trainer.backends.megatron.precision.kernels import engine_values
-from miles.services.trainer.backends.megatron.precision.specs import Exchange, exchanging
 from miles.services.trainer.checkpoint.initial_weights import initial_weights
 
 if TYPE_CHECKING:
@@ -102,9 +101,10 @@ def build_model(
     bridge = _bridge(folder, grouped=computes_grouped(config.moe, with_engine=with_engine))
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    load = functools.partial(_complete_and_load, bridge, config, weights, critic_from is not None)
+    low = low_precision(config) if critic_from is None else None  # critics compute in train_dtype
+    load = functools.partial(_complete_and_load, bridge, config, weights, low, critic_from is not None)
     provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
-    _configure(provider, config, parallel, compute)
+    _configure(provider, config, parallel, compute, low)
     if critic_from is not None:
         provider.share_embeddings_and_output_weights = False
         provider.moe_enable_routing_replay = False
@@ -129,9 +129,16 @@ def _bridge(folder: pathlib.Path, *, grouped: bool) -> Any:
 
 
 def _complete_and_load(
-    bridge: Any, config: JobConfig, weights: pathlib.Path, is_critic: bool, chunks: list[Any]
+    bridge: Any,
+    config: JobConfig,
+    weights: pathlib.Path,
+    low: LowPrecision | None,
+    is_critic: bool,
+    chunks: list[Any],
 ) -> list[Any]:
     """Add the policy's MTP layers; read a Hugging Face folder or a torch_dist checkpoint into bare chunks.
+
+    Their layers compute as `low` says.
 
     Raises ValueError for parameters that the bridge cannot fill.
     """
@@ -143,7 +150,6 @@ def _complete_and_load(
                 layout.mtp_num_layers,
                 with_engine=uses_transformer_engine(config),
                 trained=layout.enable_mtp_training,
-                exchange=_rounded_layer(config),
             )
     prepare_routers(config.moe, chunks[0].config, chunks)
     tasks = bridge.get_conversion_tasks(chunks)
@@ -153,7 +159,7 @@ def _complete_and_load(
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
-    if (low := low_precision(config)) is not None:
+    if low is not None:
         apply_recipe(low, chunks[0].config, tasks)
     read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
     if config.lora.lora_rank and not is_critic:
@@ -171,14 +177,16 @@ def read_weights(bridge: Any, folder: pathlib.Path, chunks: list[Any], *, but: s
         bridge.load_hf_weights(chunks, hf_path=str(folder))
 
 
-def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype) -> None:
+def _configure(
+    provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype, low: LowPrecision | None
+) -> None:
     """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnBackend
 
     layout = config.megatron
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    with_engine, low = uses_transformer_engine(config), low_precision(config)
+    with_engine = uses_transformer_engine(config)
     values: dict[str, Any] = {
         "params_dtype": compute,
         "pipeline_dtype": compute,
@@ -229,8 +237,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     for name, value in values.items():
         if hasattr(provider, name):
             setattr(provider, name, value)
-    exchange = _rounded_layer(config)
-    provider.transformer_layer_spec = _layer_spec(provider.transformer_layer_spec, exchange, with_engine=with_engine)
+    provider.transformer_layer_spec = _layer_spec(provider.transformer_layer_spec, with_engine=with_engine)
     if not with_engine:
         provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
@@ -245,21 +252,7 @@ def _recomputed(config: JobConfig, *, with_engine: bool) -> list[str]:
     return [name for name in config.megatron.recompute_modules if name not in unable]
 
 
-def _rounded_layer(config: JobConfig) -> Exchange | None:
-    """What makes classes of layers round what they multiply; None where they need not."""
-    low = low_precision(config)
-    if low is None or low.by_engine:
-        return None
-    if uses_transformer_engine(config):
-        from miles.services.trainer.backends.megatron.precision import rounded_engine_layers
-
-        return rounded_engine_layers.rounded_layer
-    from miles.services.trainer.backends.megatron.precision import rounded_layers
-
-    return rounded_layers.rounded_layer
-
-
-def _layer_spec(spec: Any, exchange: Exchange | None, *, with_engine: bool) -> Any:
+def _layer_spec(spec: Any, *, with_engine: bool) -> Any:
     """What makes the layers of a model whose provider makes them by `spec`."""
     from megatron.bridge.models.minimax_m2.minimax_m2_provider import minimax_m2_layer_spec
 
@@ -267,10 +260,8 @@ def _layer_spec(spec: Any, exchange: Exchange | None, *, with_engine: bool) -> A
     from miles.services.trainer.backends.megatron.layers.local_layers import local_spec_like
 
     if not with_engine:
-        made = local_spec_like(spec)
-    else:
-        made = with_all_heads_norms(spec) if spec is minimax_m2_layer_spec else spec
-    return made if exchange is None else exchanging(made, exchange)
+        return local_spec_like(spec)
+    return with_all_heads_norms(spec) if spec is minimax_m2_layer_spec else spec
 
 
 def _fused_kernels(provider: Any) -> dict[str, bool]:

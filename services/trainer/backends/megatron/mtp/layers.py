@@ -17,17 +17,11 @@ import torch
 import torch.distributed as dist
 
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
-from miles.services.trainer.backends.megatron.precision.specs import Exchange, exchanged
 from miles.services.trainer.batch.packing import MicroBatch
 
 
-def add_mtp_layers(
-    chunk: Any, count: int, *, with_engine: bool, trained: bool, exchange: Exchange | None = None
-) -> None:
-    """Add `count` layers to a bare chunk, if it is the model's last; only `MtpTraining` enables them.
-
-    `exchange` gives other classes for those of the layers' parts.
-    """
+def add_mtp_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) -> None:
+    """Add `count` layers to a bare chunk, if it is the model's last; only `MtpTraining` enables them."""
     if not chunk.post_process:
         return
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -44,8 +38,6 @@ def add_mtp_layers(
             dataclasses.replace(each, submodules=with_local_parts(each.submodules, Parts()))
             for each in spec.layer_specs
         ]
-    if exchange is not None:
-        spec = exchanged(spec, exchange)
     device = next(chunk.parameters()).device
     chunk.mtp = MultiTokenPredictionBlock(config, spec, vp_stage=stage, pg_collection=chunk.pg_collection).to(device)
     chunk.mtp.requires_grad_(trained)

@@ -81,7 +81,12 @@ def why_no_kernels(config: JobConfig, recipe: Recipe) -> str | None:
 
 
 def choose_scales(config: JobConfig, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have TransformerEngine scale as the trainer's recipe says; before it is imported."""
+    """Have TransformerEngine scale as the trainer's recipe says; before it is imported.
+
+    A job without one leaves the choice that most jobs make to the next job in this process.
+    """
     recipe = training_recipe(config)
-    if recipe is not None and recipe.format == "fp8_block":
+    if recipe is None or recipe.format != "fp8_block":
+        environment.setdefault(SCALES_VARIABLE, "1")
+    else:
         environment[SCALES_VARIABLE] = "0" if recipe.power_of_two_scales else "1"

@@ -102,18 +102,20 @@ def _apply_by_engine(found: Iterable[Weight]) -> list[str]:
 
 def _apply_emulated(recipe: Recipe, found: Iterable[Weight]) -> list[str]:
     """Returns what is wrong."""
+    from miles.services.trainer.backends.megatron.precision.rounded_layers import round_in
+
     chosen, faults = weight_format(recipe), []
     for weight in found:
         if not any(weight.covered):
             continue
-        if weight.matrices is None or not hasattr(weight.module, "roundings"):
+        if weight.matrices is None:
             faults.append(f"{weight.name}, a {type(weight.module).__name__}")
         elif recipe.rounds_inputs and not all(weight.covered):
             faults.append(f"some matrices of {weight.name} alone, which have the same inputs")
         elif fault := _cut_fault(recipe, weight) or chosen.why_not(tuple(weight.parameter.shape)):
             faults.append(f"{weight.name}: {fault}")
-        else:
-            weight.module.roundings[weight.attribute] = Rounding(chosen, weight.matrices, weight.covered)
+        elif not round_in(weight.module, weight.attribute, Rounding(chosen, weight.matrices, weight.covered)):
+            faults.append(f"{weight.name}, a {type(weight.module).__name__}")
     return faults
 
 

@@ -1,4 +1,8 @@
-"""Megatron-Core's own parallel layers, multiplying rounded weights and inputs where a recipe covers them."""
+"""Layers of Megatron-Core that multiply rounded weights, and rounded inputs where the format rounds any.
+
+A layer of a model that is built already gets a subclass of its class, as `torch.distributed.fsdp.fully_shard` does it:
+Megatron-Core takes no other classes in the specs of some layers.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,75 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
+from megatron.core.extensions import transformer_engine as engine
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from miles.services.trainer.backends.megatron.precision.rounding import Roundings
+from miles.services.trainer.backends.megatron.precision.rounding import Rounding
 
-_SPLITS = {ColumnParallelLinear: "column", RowParallelLinear: "row"}
+_LOCAL = {ColumnParallelLinear: "column", RowParallelLinear: "row"}
+_ENGINE = {
+    "TELayerNormColumnParallelLinear": "column",
+    "TEColumnParallelLinear": "column",
+    "TEColumnParallelGroupedLinear": "column",
+    "TERowParallelLinear": "row",
+    "TERowParallelGroupedLinear": "row",
+    "TELinear": "replicated",  # whose subclasses come first
+}
+"""How ranks share the weights of layers, for megatron-bridge."""
 
 
-class _Rounded:
-    """Before the layer: its product, `_forward_impl`, takes what it multiplies."""
+def round_in(module: Any, attribute: str, rounding: Rounding) -> bool:
+    """Have a layer multiply by what `rounding` makes of its parameter; False when it is of another kind."""
+    if not hasattr(module, "roundings"):
+        plain: type = type(module)
+        kind = _rounded(plain)
+        if kind is None:
+            return False
+        module.__class__ = kind
+        module.roundings = {}
+    module.roundings[attribute] = rounding
+    return True
 
-    def __init__(self, *arguments: Any, **others: Any) -> None:
-        super().__init__(*arguments, **others)
-        self.roundings: Roundings = {}
+
+class _RoundedLocal:
+    """Before Megatron-Core's own layer, whose product is `_forward_impl`."""
+
+    roundings: dict[str, Rounding]
+    """By name of the parameter."""
 
     def _forward_impl(self, *arguments: Any, **others: Any) -> torch.Tensor:
-        rounding = self.roundings.get("weight")
-        if rounding is not None:
+        if (rounding := self.roundings.get("weight")) is not None:
             others |= {"input": rounding.inputs(others["input"]), "weight": rounding.weight(others["weight"])}
         product: torch.Tensor = super()._forward_impl(*arguments, **others)  # type: ignore[misc]
         return product
 
 
+class _RoundedEngine:
+    """Before TransformerEngine's layer, which asks `_get_weight_tensors` for what it multiplies; inputs are its own."""
+
+    roundings: dict[str, Rounding]
+    """By name of the parameter; layers of experts have one for each."""
+
+    def _get_weight_tensors(self) -> list[torch.Tensor]:
+        held: list[torch.Tensor] = super()._get_weight_tensors()  # type: ignore[misc]
+        names = [f"weight{i}" for i in range(len(held))] if hasattr(self, "num_gemms") else ["weight"]
+        found = zip(held, map(self.roundings.get, names), strict=True)
+        return [weight if rounding is None else rounding.weight(weight) for weight, rounding in found]
+
+
 @functools.cache
-def rounded_layer(kind: type) -> type:
-    """The class that can round what a layer of this class multiplies; classes of other parts are returned as is."""
-    for base, split in _SPLITS.items():
+def _rounded(kind: type) -> type | None:
+    """The class that rounds for layers of a class; None for other parts of models."""
+    for base, shared in _LOCAL.items():
         if issubclass(kind, base):
-            made = type(f"Rounded{kind.__name__}", (_Rounded, kind), {"__doc__": _Rounded.__doc__})
-            AutoMapping.register_module_type(made.__name__, split)
-            return made
-    return kind
+            return _made(_RoundedLocal, kind, shared)
+    for name, shared in _ENGINE.items() if engine.HAVE_TE else ():
+        if issubclass(kind, getattr(engine, name)):
+            return _made(_RoundedEngine, kind, shared)
+    return None
+
+
+def _made(before: type, kind: type, shared: str) -> type:
+    made = type(f"Rounded{kind.__name__}", (before, kind), {"__doc__": before.__doc__})
+    AutoMapping.register_module_type(made.__name__, shared)
+    return made

@@ -41,7 +41,3 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
-
-
-Roundings = dict[str, Rounding]
-"""By the name of a parameter in its module; empty for a module that multiplies what it holds."""

@@ -11,6 +11,7 @@ from miles.services.rollout.engines.sglang.options_from_config import configured
 from miles.services.rollout.engines.sglang.server.flags import (
     command,
     has_draft_weights,
+    has_functions,
     is_deterministic,
     lossy_acceptance,
     may_compute_ahead,
@@ -163,7 +164,8 @@ def test_a_folder_without_weights_starts_with_noise_and_the_draft_with_its_own()
     assert "--disable-shared-experts-fusion" not in words(drafted)
 
 
-def test_servers_of_int4_can_keep_their_workspaces_beside_other_loaders() -> None:
+def test_servers_of_quantised_weights_have_functions_beside_other_loaders() -> None:
     start = words(options_of(rollout_weight_format="int4", sglang_custom_weight_loader=["a.b"]))
-    assert "--custom-weight-loader miles_marlin_workspaces.keep a.b" in start
-    assert "--custom-weight-loader" not in words(options_of(rollout_weight_format="fp8_block"))
+    assert "--custom-weight-loader miles_in_server.keep_workspaces miles_in_server.drain a.b" in start
+    assert "--custom-weight-loader" not in words(options_of())
+    assert not has_functions({"custom_weight_loader": ["a.b", "miles_in_server.drain"]})
