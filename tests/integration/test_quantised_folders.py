@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch_engine_models import Response, reference_log_probs, respond, running_engine
 from trainer_cases import job_config, random_groups
 
+from miles.checkpoint_folder import folder_name
 from miles.config import JobConfig
 from miles.precision.of_run import rollout_recipe
 from miles.precision.quantization_config import recipe_of
@@ -63,7 +64,7 @@ def test_fsdp_trains_one_and_writes_either_form(tmp_path: pathlib.Path, family: 
         backend = create_backend(
             config_of(folder, tmp_path / "run", save_hf_format=form), tmp_path, torch.device("cpu")
         )
-        backend.load()
+        state = backend.load()
         try:
             backend.save_hf(tmp_path / form)
             if form == "as_trained":
@@ -71,12 +72,22 @@ def test_fsdp_trains_one_and_writes_either_form(tmp_path: pathlib.Path, family: 
                 for sample in (sample for group in groups for sample in group.samples):
                     sample.rollout_log_probs = np.full(len(sample.tokens) - sample.prompt_length, -3.0, np.float32)
                 assert backend.train(0, groups, lambda progress: None)["train/grad_norm"] > 0
+                backend.save(tmp_path / "run" / "checkpoints" / folder_name(1), state)
+                backend.save_hf(tmp_path / "trained")
         finally:
             backend.close()
     plain = PlainTensors(folder, torch.bfloat16)
     assert same(parts(tmp_path / "as_trained"), dict(plain))
     assert "quantization_config" not in json.loads((tmp_path / "as_trained" / "config.json").read_text())
     assert same(parts(tmp_path / "rollout"), parts(folder))
+    resumed = create_backend(config_of(folder, tmp_path / "run"), tmp_path / "run" / "checkpoints", torch.device("cpu"))
+    resumed.load()
+    try:
+        resumed.save_hf(tmp_path / "resumed")
+    finally:
+        resumed.close()
+    assert same(parts(tmp_path / "resumed"), parts(tmp_path / "trained"))
+    assert not same(parts(tmp_path / "resumed"), parts(tmp_path / "as_trained"))
     assert recipe_of(json.loads((tmp_path / "rollout" / "config.json").read_text())) == plain.recipe
 
 
