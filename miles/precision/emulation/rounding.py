@@ -11,7 +11,7 @@ from miles.precision.rounding import rounded_inputs, rounded_weight
 
 
 class RowRounding:
-    """Rounds inputs. In inference the last ones are kept: layers that follow each other, such as q, k and v, share them.
+    """Rounds inputs. In inference the last ones are kept: layers that follow each other, as q, k and v do, share them.
 
     Models do not write to what they have given to one of these layers and give to the next.
     """
