@@ -50,7 +50,7 @@ def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[
         (
             {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]},
             {},
-            "a DeepseekV3ForCausalLM a kimi_k2, which transformers knows as a deepseek_v3; set model_type to deepseek_v3",
+            "which transformers knows as a deepseek_v3; set model_type to deepseek_v3",
         ),
         (
             {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
