@@ -101,7 +101,7 @@ def _agreement(s: FlatSettings, folder: Recipe, model: dict[str, Any], shape: Mo
     scales = _SCALES[folder.power_of_two_scales]
     if folder.format == "fp8_block" and s.fp8_block_scales not in (None, scales):
         remedy = f"leave it out, and {SCALES} unset"
-        yield Fault("fp8_block_scales", s.fp8_block_scales, f"the FP8 weights {where} have {scales}", remedy)
+        yield Fault("fp8_block_scales", s.fp8_block_scales, f"the FP8 weights {where} have {scales} scales", remedy)
     said = [key for key in EXCEPTIONS if getattr(s, key) not in (None, False, ())]
     chosen = folder.format == "int4" and s.int4_layers != catalog()["int4_layers"].default
     if shape is None or not (said or chosen):
