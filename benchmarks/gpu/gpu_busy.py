@@ -20,15 +20,16 @@ _EVERY_MS = 250
 
 
 @contextlib.contextmanager
-def watching(path: pathlib.Path, quantity: str = "utilization.gpu") -> Iterator[None]:
+def watching(path: pathlib.Path, quantity: str = "utilization.gpu", gpu: str | None = None) -> Iterator[None]:
     """Write `unix seconds,value` into a file, line by line, as long as the block runs; without a driver nothing.
 
-    `quantity` is nvidia-smi's: by default per cent of time; memory.used is in MiB.
+    `quantity` is nvidia-smi's: by default per cent of time; memory.used is in MiB. `gpu` is by default what
+    CUDA_VISIBLE_DEVICES says.
     """
     if shutil.which("nvidia-smi") is None:
         yield
         return
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = gpu or os.environ.get("CUDA_VISIBLE_DEVICES")
     command = [
         "nvidia-smi",
         *(["-i", chosen] if chosen else []),

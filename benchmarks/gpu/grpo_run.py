@@ -41,34 +41,57 @@ OPTIONAL = {
     "kl": "train/train_rollout_kl",
     "routed_differently": "train/tokens_routed_differently",
     "routing_difference": "train/routing_difference",
-    "reward": "rollout/reward",
+    "tis_clipfrac": "train/tis_clipfrac",
+    "reward": "rollout/raw_reward",
 }
 """Means over steps, of runs that have them."""
 
 
-def engine_flags(device: str, python: str) -> list[str]:
-    """Flags of SGLang as the engine of a run."""
+def engine_flags(device: str, python: str, engine: str = "sglang") -> list[str]:
+    """Flags of the engine of a run, SGLang or the torch engine."""
+    if engine == "torch":
+        return ["--device", device, "--rollout-backend", "torch"]
     flags = ["--device", device, "--rollout-backend", "sglang", *(GPU_FLAGS if device == "cuda" else CPU_FLAGS)]
     return [*flags, "--rollout-engine-python", python] if python else flags
 
 
-def run(args: argparse.Namespace, flags: Sequence[str], folder: pathlib.Path) -> dict[str, Any]:
-    """One run of the recipe with more flags; what its metrics say."""
+def run(
+    args: argparse.Namespace,
+    flags: Sequence[str],
+    folder: pathlib.Path,
+    gpu: str | None = None,
+    cores: Sequence[int] = (),
+) -> dict[str, Any]:
+    """One run of the recipe with more flags; what its metrics say. See `train` for `gpu` and `cores`."""
     recipe = ["--config", RECIPE, "--hf-checkpoint", args.model, "--actor-num-gpus-per-node", "1"]
     recipe += ["--train-backend", "fsdp"]  # unless `flags` name another one
     recipe += ["--num-rollout", str(args.steps), "--lr-decay-iters", str(args.steps)]
     deadline_s = getattr(args, "deadline", RUN_DEADLINE_S)
     shared = SHARED if args.device == "cuda" else ()
-    return train([*recipe, *engine_flags(args.device, args.python), *shared, *flags, *args.more], folder, deadline_s)
+    engine = engine_flags(args.device, args.python, getattr(args, "engine", "sglang"))
+    given = [*recipe, *engine, *shared, *flags, *args.more]
+    return train(given, folder, deadline_s, gpu, cores)
 
 
-def train(flags: Sequence[str], folder: pathlib.Path, deadline_s: float = RUN_DEADLINE_S) -> dict[str, Any]:
-    """Start train.py, its output in the folder, and stop it at the deadline; what its metrics say."""
+def train(
+    flags: Sequence[str],
+    folder: pathlib.Path,
+    deadline_s: float = RUN_DEADLINE_S,
+    gpu: str | None = None,
+    cores: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Start train.py, its output in the folder, and stop it at the deadline; what its metrics say.
+
+    It sees the GPU of this number alone and is kept on these cores, if they are given.
+    """
     command = [sys.executable, "train.py", *flags, "--run-dir", str(folder), "--no-gateway"]
+    if cores:
+        command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (folder / "output.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
         try:
             ended = process.wait(deadline_s)
         except subprocess.TimeoutExpired:

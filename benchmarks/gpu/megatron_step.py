@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,10 @@ def rollout(kind: str, groups: int, samples: int, prompt: int, response: int, re
     return made
 
 
-def job_config(args: argparse.Namespace, backend: str, model: pathlib.Path, device: Any) -> Any:
-    """The job whose steps are measured."""
+def job_config(
+    args: argparse.Namespace, backend: str, model: pathlib.Path, device: Any, settings: Mapping[str, Any] | None = None
+) -> Any:
+    """The job whose steps are measured; `settings` are of any backend, `args.flags` of megatron."""
     import torch.distributed as dist
 
     from miles.config import JobConfig
@@ -96,7 +99,7 @@ def job_config(args: argparse.Namespace, backend: str, model: pathlib.Path, devi
             "actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, "use_kl_loss": args.kl,
             "share_prompts": False if backend == "fsdp" else None, "run_dir": str(model / "run"),
             "use_rollout_routing_replay": args.replay, "train_dtype": "bfloat16",
-            "rollout_dtype": "bfloat16", **{k: _value(v) for k, v in flags.items()},
+            "rollout_dtype": "bfloat16", **{k: _value(v) for k, v in flags.items()}, **(settings or {}),
         }
     ).resolve(device.type)  # fmt: skip
 

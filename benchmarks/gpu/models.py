@@ -7,12 +7,22 @@ from typing import Any
 
 VOCABULARY = 32000
 TINY_VOCABULARY = 1024
+WIDE_SIZES = (*("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),)
+WIDE = {
+    "wide": (4096, 14336, 4, 32, 8),
+    "wider": (8192, 28672, 2, 64, 8),
+    "wide-served": (2560, 9728, 24, 32, 8),
+    "tiny-wide": (128, 256, 1, 2, 1),
+}
+"""Dense models of which all matrices are multiples of 128, heads too."""
 
 
 def config_of(kind: str) -> Any:
     """Configuration of `dense` (0.18 B parameters), `moe` (0.4 B, 32 experts) or `large` (2 B: 4 GB in bfloat16).
 
-    `tiny` and `tiny-moe` have the shapes of the first two, layers apart, and next to no arithmetic: for a CPU.
+    `wide` has four layers of Llama-3-8B's sizes, `wider` two of Llama-3-70B's, and `wide-served` 24 of
+    Qwen3-4B's (2.6 B). `tiny`, `tiny-moe` and `tiny-wide` have the shapes of others, and next to no arithmetic: for a
+    CPU.
     """
     from transformers import Qwen3Config, Qwen3MoeConfig
 
@@ -47,6 +57,9 @@ def config_of(kind: str) -> Any:
         return Qwen3Config(
             **common, hidden_size=2048, intermediate_size=8192, num_hidden_layers=31, num_attention_heads=32
         )
+    if kind in WIDE:
+        sizes: dict[str, Any] = dict(zip(WIDE_SIZES, WIDE[kind], strict=True))
+        return Qwen3Config(**common | {"head_dim": 128, "tie_word_embeddings": False} | sizes)
     if kind == "tiny":
         return Qwen3Config(**common, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     if kind == "tiny-moe":
@@ -61,7 +74,7 @@ def config_of(kind: str) -> Any:
             moe_intermediate_size=32,
             norm_topk_prob=True,
         )
-    raise ValueError(f"no model called {kind!r}: choose dense, moe, large, tiny or tiny-moe")
+    raise ValueError(f"no model called {kind!r}: choose dense, moe, large, {', '.join(WIDE)}, tiny or tiny-moe")
 
 
 def write_tokenizer(folder: pathlib.Path, vocabulary: int = VOCABULARY) -> None:

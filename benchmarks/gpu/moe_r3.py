@@ -12,18 +12,15 @@ limit of its own; what it wrote stays in the folder `--runs`, and the table is w
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import shlex
-import subprocess
 import sys
 from typing import Any
 
 from benchmarks.gpu.grpo_run import LAYOUTS, engine_flags, run, train
 from benchmarks.gpu.models import write_checkpoint
+from benchmarks.gpu.run_table import SHARED_ROWS, table
 
 ONE_RANK = ("--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "1")
 MEGATRON = ("--train-backend", "megatron", *ONE_RANK)
@@ -34,62 +31,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 QUICK_START = "quick-start"
 QUICK_STEPS = 3
-ROWS = {
-    "exit status": ("status", "{}"),
-    "steps": ("steps", "{}"),
-    "greedy accuracy before": ("before", "{:.3f}"),
-    "greedy accuracy after": ("after", "{:.3f}"),
-    "mean reward": ("reward", "{:.3f}"),
-    "mean difference of log-probs, trainer − engine, nats": ("abs_diff", "{:.5f}"),
-    "mean KL (k3) between engine and trainer": ("kl", "{:.2e}"),
-    "tokens routed differently": ("routed_differently", "{:.2%}"),
-    "tokens × layers that replay sent elsewhere": ("routing_difference", "{:.2%}"),
-    "median step, s": ("step_s", "{:.2f}"),
-    "of which generating, s": ("rollout_s", "{:.2f}"),
-    "of which training, s": ("train_s", "{:.2f}"),
-    "of which new weights, s": ("sync_s", "{:.2f}"),
-    "response tokens/s over all steps": ("tokens_per_s", "{:,.0f}"),
-    "wall time with start and evaluations, s": ("wall_s", "{:.0f}"),
-}
-PACKAGES = ("torch", "sglang", "transformers", "megatron-core", "megatron-bridge", "transformer-engine", "flash-attn")
-
-
-def hardware(device: str) -> str:
-    """What the runs were on."""
-    if device == "cpu":
-        return f"{os.cpu_count()} CPU cores"
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    return f"one {found.replace(', ', ', driver ')}, {os.cpu_count()} CPU cores"
-
-
-def versions() -> str:
-    """Packages that decide the numbers."""
-    found = {name: _version(name) for name in PACKAGES}
-    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def table(results: dict[str, dict[str, Any]], device: str) -> str:
-    """Markdown: a column for each run."""
-    lines = [
-        f"{hardware(device)}; Python {sys.version.split()[0]}, {versions()}; {datetime.date.today()}:",
-        f"`python -m benchmarks.gpu.moe_r3 {shlex.join(sys.argv[1:])}`",
-        "",
-        "| | " + " | ".join(results) + " |",
-        "|---|" + "---|" * len(results),
-    ]
-    for title, (key, form) in ROWS.items():
-        cells = [form.format(result[key]) if key in result else "" for result in results.values()]
-        if any(cells):
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def layout(args: argparse.Namespace) -> tuple[str, ...]:
@@ -135,8 +76,8 @@ def main() -> None:
         else:
             results[name] = run(args, [*common, *VARIANTS[name]], folder)
         print(name, json.dumps(results[name]), flush=True)
-        (args.runs / "table.md").write_text(table(results, args.device))
-    print("\n" + table(results, args.device))
+        (args.runs / "table.md").write_text(table(results, SHARED_ROWS, args.device))
+    print("\n" + table(results, SHARED_ROWS, args.device))
     if any(result["status"] for result in results.values()):
         sys.exit(1)
 

@@ -1,10 +1,12 @@
 """Tokens per second through the rollout service against bare `sglang.Engine`, on the same groups and settings.
 
     python -m benchmarks.gpu.sglang_throughput --tokens 256 --deadline 190
+    python -m benchmarks.gpu.sglang_throughput --cases wide wide-fp8 wide-int4 --groups 32 --tokens 256
     python -m benchmarks.gpu.sglang_throughput --device cpu --python .venv-sglang/bin/python --groups 4 --tokens 32
 
 Random models (0.18 B dense, 0.4 B mixture of experts; on a CPU tiny ones) answer groups that are all there at once:
 random prompts of 64 tokens, 8 samples each, of a length that random models seldom end before, log-probabilities on.
+The cases `wide` are a dense model of 2.6 B in bfloat16, and the same weights in FP8 and in INT4.
 The two are `bare` and `service` of `benchmarks.gpu.peers`. The servers of all cases start at the same time, before
 anything is measured. Then one case after the other has short rounds that warm both up, and rounds that alternate
 between them. After each case its row is printed, with medians and, of the ratio, the smallest and largest of
@@ -20,6 +22,8 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,10 +32,25 @@ from typing import Any
 from benchmarks.gpu.models import write_checkpoint
 from benchmarks.gpu.peers import Peer, stop_all
 from benchmarks.gpu.short_groups import row, sampled
-from benchmarks.gpu.workload import Workload
+from benchmarks.gpu.workload import REPOSITORY, Workload
 
-CASES = {"dense": ("dense", False), "moe": ("moe", False), "moe-routing": ("moe", True)}
+CASES = {
+    "dense": ("dense", False),
+    "moe": ("moe", False),
+    "moe-routing": ("moe", True),
+    "wide": ("wide-served", False),
+    "wide-fp8": ("wide-served-fp8", False),
+    "wide-int4": ("wide-served-int4", False),
+}
 """Model, and whether routed experts are recorded."""
+DEFAULT_CASES = ("dense", "moe", "moe-routing")
+CONVERSIONS = {
+    "fp8": ("hf-to-fp8",),
+    "int4": ("hf-to-int4", "--int4-layers", "."),
+}
+"""Of `miles convert`, by the end of a model's name."""
+TINY = {"dense": "tiny", "moe": "tiny-moe", "wide-served": "tiny-wide"}
+"""What a CPU has instead."""
 WARM_UP_TOKENS = 32
 WARM_UPS = 2
 STARTING_SHARE = 0.65
@@ -42,9 +61,7 @@ PROFILED_ROUNDS = 3
 def workload(args: argparse.Namespace, case: str, folder: pathlib.Path) -> Workload:
     """A case's groups; writes its model once."""
     kind, routing = CASES[case]
-    size = kind if args.device == "cuda" else {"dense": "tiny", "moe": "tiny-moe"}[kind]
-    if not (folder / size).exists():
-        write_checkpoint(folder / size, size, weights=True)
+    size = model_of(kind, folder, on_gpu=args.device == "cuda")
     requests = args.groups * args.samples
     # Each size of a batch that is captured takes its time in every server.
     graphs = {"cuda_graph_bs_decode": sorted({max(1, requests // 8), max(1, requests // 2), requests})}
@@ -52,7 +69,7 @@ def workload(args: argparse.Namespace, case: str, folder: pathlib.Path) -> Workl
     if profile is not None:
         profile.mkdir(parents=True, exist_ok=True)
     return Workload(
-        model=str(folder / size),
+        model=str(size),
         groups=args.groups,
         samples=args.samples,
         tokens=args.tokens,
@@ -62,6 +79,20 @@ def workload(args: argparse.Namespace, case: str, folder: pathlib.Path) -> Workl
         flags=(graphs if args.device == "cuda" else {}) | json.loads(args.flags),
         profile="" if profile is None else str(profile),
     )
+
+
+def model_of(kind: str, folder: pathlib.Path, *, on_gpu: bool) -> pathlib.Path:
+    """The folder of a model, written once; one whose name ends in a format is converted from the other."""
+    name, _, form = kind.rpartition("-")
+    if form not in CONVERSIONS:
+        size = kind if on_gpu else TINY[kind]
+        return folder / size if (folder / size).exists() else write_checkpoint(folder / size, size, weights=True)
+    if not (folder / kind).exists():
+        plain = model_of(name, folder, on_gpu=on_gpu)
+        direction, *more = CONVERSIONS[form]
+        command = [sys.executable, "-m", "miles.cli", "convert", direction, "--hf-checkpoint", str(plain), *more]
+        subprocess.run([*command, "--save", str(folder / kind)], cwd=REPOSITORY, check=True)
+    return folder / kind
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,7 +197,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    add("--cases", nargs="+", default=list(DEFAULT_CASES), choices=list(CASES))
     add("--groups", type=int, default=64)
     add("--samples", type=int, default=8)
     add("--tokens", type=int, default=512)

@@ -6,7 +6,7 @@ Every layer's feed-forward network becomes four experts that are copies of it, o
 (Sparse Upcycling, https://arxiv.org/abs/2212.05055). The weights of the chosen experts add up to one, so at first every
 choice gives the dense model's answer; training makes the experts differ. The architecture is GLM-4.5's without norms of
 queries and keys, which training backends and engines know. Its shared expert begins with a `down_proj` of zeros, and
-with output weights of its own, equal to the embedding if that was shared.
+with output weights of its own, equal to the embedding if that was shared. `--align 128` pads it (`align.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+from examples.smollm2_chain_sum.align import aligned
 
 SHARED_ACROSS_KINDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -106,11 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts-per-token", type=int, default=2)
     parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the routers' weights")
     parser.add_argument("--seed", type=int, default=0, help="of the routers' weights")
+    parser.add_argument("--align", type=int, metavar="N", help="pad all sizes to multiples of N, as FP8 wants 128")
     args = parser.parse_args(arguments)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"{args.out} exists already; give a folder that is empty or does not exist yet")
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     model = upcycle(dense, args.experts, args.experts_per_token, router_std=args.router_std, seed=args.seed)
+    if args.align:
+        model = aligned(model, args.align)
     model.save_pretrained(args.out)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out)
     print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f} million parameters in {args.out}")

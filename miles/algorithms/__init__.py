@@ -17,7 +17,7 @@ from miles.algorithms.linear_log_probs import linear_token_log_probs
 from miles.algorithms.log_probs import token_log_probs
 from miles.algorithms.loss_aggregation import aggregate, token_weights
 from miles.algorithms.losses import LossBatch, LossConfig, LossOutput, critic_loss, rl_loss, sft_loss, value_loss
-from miles.algorithms.metrics import MetricSum, reduce_metrics
+from miles.algorithms.metrics import MetricMax, MetricSum, reduce_metrics
 from miles.algorithms.mis import MaskedImportanceSampling, mismatch_metrics
 from miles.algorithms.packing import Packing
 from miles.algorithms.policy_losses import (
@@ -57,6 +57,7 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "MaskedImportanceSampling",
+    "MetricMax",
     "MetricSum",
     "Packing",
     "PolicyInputs",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.algorithms.loss_aggregation import token_weights, weighted_sum
-from miles.algorithms.metrics import MetricSum
-from miles.algorithms.packing import as_float
+from miles.algorithms.metrics import MetricMax, MetricSum
+from miles.algorithms.packing import as_float, keep_where
 
 if TYPE_CHECKING:
     from miles.algorithms.losses import LossBatch
@@ -60,3 +60,8 @@ class LossReducer:
     def report_tokens(self, name: str, values_T: torch.Tensor) -> None:
         """Add metric train/name, the mean of per-token values with no token rejected."""
         self.report(name, self.total(values_T.detach()))
+
+    def report_largest(self, name: str, values_T: torch.Tensor) -> None:
+        """Add metric train/name, the largest of the unmasked tokens' values, which are not negative."""
+        kept_T = keep_where(self._mask_T, as_float(values_T.detach()))
+        self.metrics[f"train/{name}"] = MetricMax(torch.cat([kept_T, kept_T.new_zeros(1)]).max())

@@ -255,7 +255,9 @@ def _report_mismatch(
 ) -> None:
     if batch.rollout_log_probs_T is not None:
         rollout_T = keep_log_probs(batch.mask_T, batch.rollout_log_probs_T)
-        reducer.report_tokens("train_rollout_logprob_abs_diff", (train_T - rollout_T).abs())
+        difference_T = (train_T - rollout_T).abs()
+        reducer.report_tokens("train_rollout_logprob_abs_diff", difference_T)
+        reducer.report_largest("train_rollout_logprob_abs_diff_max", difference_T)
         reducer.report_tokens("train_rollout_kl", approximate_kl(rollout_T, train_T, "low_var_kl"))
     metrics_T = dict(correction.metrics_T) if correction else {}
     if config.get_mismatch_metrics:

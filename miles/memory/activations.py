@@ -8,6 +8,7 @@ allocator cannot use are not in it: expect up to a third more.
 from __future__ import annotations
 
 from miles.memory.amount import Part, When, number
+from miles.memory.low_precision import by_kernels
 from miles.memory.megatron import Layout, layout_of, stage_layers
 from miles.memory.model import ModelShape
 from miles.memory.run import Run
@@ -58,6 +59,23 @@ def layer_elements(
     return (whole // tensor if sequence_parallel else whole) + split // tensor + experts
 
 
+def rounded_elements(shape: ModelShape, layer: int, layout: Layout, *, fused: bool) -> int:
+    """Return the elements that one token leaves more in one layer where rounded inputs of its matrices are multiplied.
+
+    Each matrix keeps its own rounded inputs, in place of the input that its neighbours share; attention and routers
+    keep theirs besides. `fused`: queries, keys and values are one matrix, and so are gate and up.
+    """
+    hidden = shape.hidden
+    latent = shape.latent
+    outputs = shape.heads * (shape.head_dim if latent is None else latent.value_dim) // layout.tensor
+    if fused:
+        return outputs
+    attention = outputs + (2 * hidden if latent is None else hidden)
+    if layer not in shape.expert_layers:
+        return attention + hidden
+    return attention + hidden + (2 * hidden if shape.shared_width else 0)
+
+
 def _activations(run: Run, shape: ModelShape, layout: Layout, stage: int) -> Part:
     s, tokens = run.settings, run.micro_batch_tokens
     megatron = s.train_backend == "megatron"
@@ -67,6 +85,9 @@ def _activations(run: Run, shape: ModelShape, layout: Layout, stage: int) -> Par
     elements = [
         layer_elements(shape, layer, layout, sequence_parallel=sequence, norm_elements=norm) for layer in layers
     ]
+    if run.training is not None and run.training.rounds_inputs and not by_kernels(run):
+        more = (rounded_elements(shape, layer, layout, fused=megatron) for layer in layers)
+        elements = [own + rounded for own, rounded in zip(elements, more, strict=True)]
     flying = layout.pipeline - stage if megatron else 1
     virtual = 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual) if layout.virtual > 1 else 1.0
     full = s.recompute_granularity == "full" if megatron else s.gradient_checkpointing

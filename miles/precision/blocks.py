@@ -1,7 +1,7 @@
 """Matrices as blocks that share a scale, and the largest magnitude of each.
 
-Nothing is copied unless a block at an edge is smaller than the others. Dims: O rows, I columns of a matrix, P and Q
-blocks along them.
+Nothing is copied but views that are not contiguous, and matrices with smaller blocks at an edge. Dims: O rows, I
+columns of a matrix, P and Q blocks along them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 
 def as_blocks(matrix: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(..., O, I) as (..., P, height, Q, width), filled up with zeros; a matrix that is smaller is one block."""
+    matrix = matrix.contiguous()
     *leading, rows, columns = matrix.shape
     height, width = _fitting(rows, height), _fitting(columns, width)
     below, beside = -rows % height, -columns % width
@@ -28,7 +29,7 @@ def from_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def as_groups(rows: torch.Tensor, size: int) -> torch.Tensor:
     """(..., I) as (..., Q, size), filled up with zeros; rows that are shorter are one group."""
-    columns = rows.shape[-1]
+    rows, columns = rows.contiguous(), rows.shape[-1]
     size = _fitting(columns, size)
     beside = -columns % size
     if beside:

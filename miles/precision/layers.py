@@ -59,10 +59,10 @@ class QuantisedLayers:
         found = _LAYER.search(module)
         if found is not None and int(found[1]) in self.high_layers:
             return False
-        if is_kept(self.modules, module):
-            return False
         names = [f"{spelling}.weight" for spelling in spellings(module)]
         if any(part in name for part in self.but for name in names) or any(map(self._ignores, spellings(module))):
+            return False
+        if any(is_kept(self.modules, spelling) for spelling in spellings(module)):
             return False
         return not self.only or any(part in name for part in self.only for name in names)
 

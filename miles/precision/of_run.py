@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from miles.config.checks.json_file import read_json_object
 from miles.precision.layers import QuantisedLayers
 from miles.precision.megatron_names import ModulePattern
 from miles.precision.quantization_config import UnknownQuantisation, recipe_of
@@ -32,6 +31,11 @@ def training_recipe(config: JobConfig) -> Recipe | None:
 def rollout_recipe(config: JobConfig) -> Recipe | None:
     """By what the engines of a job are served; None for rollout_dtype alone."""
     return rollout_recipe_of(config.precision, model_config(config))
+
+
+def export_recipe(config: JobConfig) -> Recipe | None:
+    """By what exports in Hugging Face format are written; None for rollout_dtype alone."""
+    return rollout_recipe(config) if config.checkpoint.save_hf_format == "rollout" else None
 
 
 def training_recipe_of(settings: Settings, model: Mapping[str, Any]) -> Recipe | None:
@@ -69,6 +73,8 @@ def folder_recipe(model: Mapping[str, Any]) -> Recipe | None:
 
 def model_config(config: JobConfig) -> dict[str, Any]:
     """config.json of the job's model; empty when it cannot be read."""
+    from miles.config.checks.json_file import read_json_object  # rules of the configuration import this module
+
     return read_json_object(pathlib.Path(str(config.rollout.hf_checkpoint)) / "config.json")
 
 

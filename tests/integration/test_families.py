@@ -20,6 +20,7 @@ from family_table import ROWS, family_table
 from megatron_families import write_expected
 from megatron_kit import ROOT, SUPPORT, needs_megatron, run_python
 from megatron_models import FAMILIES, write_model
+from quantised_models import RECIPES, write_quantised
 from safetensors.torch import load_file, save_file
 from torch_engine_models import reference_log_probs, respond, running_engine, weights_of
 from trainer_cases import job_config, random_groups
@@ -58,16 +59,24 @@ def stock_model(folder: pathlib.Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+QUANTISED = [("Llama, tied", "fp8"), ("Qwen3-MoE", "int4"), ("DeepSeek-V3, MTP", "fp8"), ("GLM-4.5", "int4")]
+
+
 @pytest.fixture(scope="module")
-def converted(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
-    """What `megatron_families` found, by family."""
-    root = next(iter(folders.values())).parent
-    for folder in folders.values():
+def converted(folders: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `megatron_families` found, by family, and `quantised, ` before it."""
+    root, place = next(iter(folders.values())).parent, tmp_path_factory.mktemp("quantised")
+    quantised = {
+        f"quantised, {family}": write_quantised(family, place / folder_of(f"quantised, {family}"), RECIPES[kind])
+        for family, kind in QUANTISED
+    }
+    quantised = {family: folder.rename(root / folder.name) for family, folder in quantised.items()}
+    for folder in (*folders.values(), *quantised.values()):
         write_expected(folder)
     output = run_python([str(SUPPORT / "megatron_families.py"), str(root)])
     lines = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
     found = {line["folder"]: line for line in lines}
-    return {family: found[folder_of(family)] for family in FAMILIES}
+    return {family: found[folder_of(family)] for family in (*FAMILIES, *quantised)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,6 +87,16 @@ def test_megatron_has_the_same_logits_and_gives_weights_back_or_is_refused(
     if why_not_megatron(config_of(folders[family])) is not None:
         assert "is not yet supported" in found["error"]
         return
+    assert "error" not in found, found
+    assert found["logits"] < 2e-5
+    assert found["weights_equal"]
+
+
+@pytest.mark.parametrize("family", [family for family, _ in QUANTISED])
+def test_megatron_computes_with_what_quantised_weights_stand_for(
+    converted: dict[str, dict[str, Any]], family: str
+) -> None:
+    found = converted[f"quantised, {family}"]
     assert "error" not in found, found
     assert found["logits"] < 2e-5
     assert found["weights_equal"]

@@ -18,6 +18,7 @@ from miles.memory.megatron import layout_of
 from miles.memory.run import run_of
 
 EVERY_ROLE = {"advantage_estimator": "ppo", "critic_lr": 0.02, "use_kl_loss": True, "kl_loss_coef": 0.1}
+INT4 = {"int4_qat": True, "int4_layers": (".",), "int4_group_size": 16}
 OLD = {"keep_old_actor": True, "max_weight_staleness": 1}
 
 
@@ -57,8 +58,9 @@ def parameters(out: pathlib.Path, name: str) -> int:
 def test_two_fsdp_ranks(tmp_path: pathlib.Path) -> None:
     model = write_dense_model(tmp_path / "model")
     cases = [*pair("roles", model, EVERY_ROLE), *pair("old", model, OLD), *pair("adapter", model, {"lora_rank": 2})]
+    cases += pair("int4", model, INT4)
     run_cases(cases, tmp_path, ranks=2, megatron=False)
-    for name in ("roles", "old", "adapter"):
+    for name in ("roles", "old", "adapter", "int4"):
         moved = assert_equal(tmp_path, name)
         assert moved[-1] > moved[0]  # Adam's moments have come
     for case in cases[1::2]:

@@ -54,7 +54,7 @@ COLUMNS = (
     *("torch engine", "SGLang", "replay"),
 )
 
-FP8 = "Published with FP8 weights: `miles convert hf-to-hf` first."
+FP8 = "Published with FP8 weights, which are read as they are."
 INSIDE = (
     "Published inside a model that sees or hears: `miles convert hf-to-hf` first takes the text model out. (Gemma 3 of "
     "270M and 1B are text models.)"

@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Family: the prefix of its classes in transformers, and what it sets besides the common sizes."""
 
 
-def config_of(family: str, **sizes: int) -> Any:
+def config_of(family: str, **sizes: Any) -> Any:
     """transformers' configuration of a family's tiny model, with other sizes where some are given."""
     import transformers
 
@@ -110,12 +110,12 @@ def architecture(family: str) -> str:
     return FAMILIES[family][0] + "ForCausalLM"
 
 
-def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """A random model of a family with its tokenizer; float32."""
+def write_model(family: str, folder: pathlib.Path, seed: int = 0, **sizes: Any) -> pathlib.Path:
+    """A random model of a family with its tokenizer; float32, with other sizes where some are given."""
     import transformers
 
     torch.manual_seed(seed)
-    config = config_of(family)
+    config = config_of(family, **sizes)
     model = getattr(transformers, architecture(family))(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

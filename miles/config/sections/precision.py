@@ -60,6 +60,11 @@ class PrecisionConfig(Section):
     num_layers_at_end_in_bf16: NonNegative = 1
     """Number of last decoder layers that first_last_layers_bf16 keeps out."""
 
+    precision_metrics_interval: NonNegative = 0
+    """Number of rollouts from one to the next of which metrics tell, for each decoder layer, the largest magnitudes of
+    weights and inputs, scales, underflow, rounding errors, and the difference between the weights that trainer and
+    engines compute with; 0 is none."""
+
     rollout_weight_format: Literal["auto", "as_trained", "fp8_block", "int4", "mxfp8", "nvfp4"] = "auto"
     """Format in which weights are published and served: rollout_dtype (as_trained), FP8 with a scale per block of
     128 × 128 (fp8_block), packed INT4 (int4), or formats of coming GPUs (mxfp8, nvfp4; torch engine alone). auto is

@@ -73,6 +73,8 @@ class RunLoop:
         with span("train call"), run.clock.during("train"), run.activities.during(self._trainer.worker_id, "train"):
             done = await train_unless_ended(self._trainer, batch, run.step, run.controls, run.status)
         run.checkpoints.note(done.checkpoint_dir)
+        for warning in done.warnings:
+            run.alerts.report(f"step {run.step}: {warning}")
         trained = time.monotonic()
         admission.finish_step(batch)
         step = run.step
@@ -94,6 +96,8 @@ class RunLoop:
                 **step_metrics(done.metrics, batch, len(admission.ready), times, ranks, self._config.debug.has_trainer),
                 **run.turns.take_metrics(),
             }
+            if run.publisher.publishes:
+                metrics["perf/update_weights_gb"] = run.publisher.newest_bytes / 1e9
             run.history.metrics_later(step, metrics)
             await run.traces.note(step, phases)
         with span("after step"):

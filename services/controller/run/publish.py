@@ -58,6 +58,8 @@ class Publisher:
         """Version that engines serve; None before the first."""
         self.newest = 0
         """Version that was exported last, active or about to be."""
+        self.newest_bytes = 0
+        """Size of that version as engines get it whole."""
         self._loading: dict[str, weightsync_pb2.EngineStatus] = {}
         """What engines said last of the version that is being activated, by name."""
         self.faults = LoadFaults()
@@ -77,7 +79,7 @@ class Publisher:
         with self._clock.during("sync"), self._activities.during(trainer.worker_id, "export"):
             exported = await trainer.export(version)
         logger.info("version %d is prepared (%d bytes)", version, exported.total_bytes)
-        self.newest = version
+        self.newest, self.newest_bytes = version, exported.total_bytes
         await self._leave_to_engines(trainer)
         self._activation = asyncio.create_task(self._activate(version))
 

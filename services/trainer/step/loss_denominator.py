@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from miles.algorithms.metrics import MetricSum
+from miles.algorithms.metrics import MetricMax, MetricSum
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan
 
 
@@ -28,7 +28,7 @@ def untrained_counts(
     One data-parallel rank adds this; `parts` are its micro-batches' metrics.
     """
     untrained = 0 if per_token else step.num_samples - step.num_trained
-    totals = {name: sum_.total for part in parts for name, sum_ in part.items()}
+    totals = {name: sum_.total for part in parts for name, sum_ in part.items() if not isinstance(sum_, MetricMax)}
     if not totals:
         return {}
     zero = torch.zeros_like(next(iter(totals.values())))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles.algorithms import MetricSum, Packing, aggregate, reduce_metrics
+from miles.algorithms import MetricMax, MetricSum, Packing, aggregate, reduce_metrics
 
 PACKING = Packing((2, 3, 2))
 VALUES_T = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0, torch.nan, torch.inf])
@@ -97,3 +97,8 @@ def test_metrics_are_divided_once_over_all_parts() -> None:
     ]
     assert reduce_metrics(parts) == {"a": 2.0, "b": 0.0}
     assert reduce_metrics([]) == {}
+
+
+def test_the_largest_of_all_parts_is_a_maximum() -> None:
+    parts = [{"a": MetricMax(torch.tensor(value)), "b": MetricSum(torch.tensor(value), 1)} for value in (0.5, 2.0, 1.0)]
+    assert reduce_metrics(parts) == {"a": 2.0, "b": pytest.approx(3.5 / 3)}

@@ -275,6 +275,7 @@ def test_metrics_by_hand() -> None:
         "train/tis_clipfrac": (0 + 0.5) / 2,
         "train/tis_abs": (1 - math.exp(-0.2) + (rho - 1) / 2) / 2,
         "train/train_rollout_logprob_abs_diff": (0.2 + 0.5) / 2,
+        "train/train_rollout_logprob_abs_diff_max": 1.0,
         "train/train_rollout_kl": ((math.exp(-0.2) - 1 + 0.2) + (math.exp(1) - 2) / 2) / 2,
         "train/opd_reverse_kl": (0.3 + 0.2) / 2,
     }

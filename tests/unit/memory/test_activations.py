@@ -10,9 +10,14 @@ import torch
 import transformers
 from megatron_models import config_of
 
-from miles.memory.activations import layer_elements
+from miles.memory.activations import layer_elements, rounded_elements
+from miles.memory.held import covered_parameters
 from miles.memory.megatron import Layout
-from miles.memory.model import shape_of
+from miles.memory.model import ModelShape, shape_of
+from miles.memory.tensors import layer_tensors
+from miles.precision.emulation.experts import PADDED
+from miles.precision.emulation.model import emulate
+from miles.precision.recipe import Recipe
 
 TOKENS = 160
 SIZES = {
@@ -43,17 +48,38 @@ def kept(model: Any) -> int:
     return sum(nbytes for nbytes, _ in found.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3-MoE", "Gemma 2", "DeepSeek-V3"])
-def test_activations_are_estimated_from_below_within_a_third(family: str, dtype: torch.dtype) -> None:
+def model_of(family: str, dtype: torch.dtype) -> tuple[Any, ModelShape]:
     experts = {"moe_intermediate_size": 192} if family in ("Qwen3-MoE", "DeepSeek-V3") else {}
     config = config_of(family, **{**SIZES, **(LATENT if family == "DeepSeek-V3" else {}), **experts})
     model = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")(config).to(dtype)
     shape = shape_of(json.loads(config.to_json_string(use_diff=False)))
     assert shape is not None
+    return model, shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3-MoE", "Gemma 2", "DeepSeek-V3"])
+def test_activations_are_estimated_from_below_within_a_third(family: str, dtype: torch.dtype) -> None:
+    model, shape = model_of(family, dtype)
     norm = 3 if dtype is torch.float32 else 4
     estimated = sum(
         layer_elements(shape, layer, Layout(1), sequence_parallel=False, norm_elements=norm)
         for layer in range(shape.layers)
     )
     assert 1 <= kept(model) / (estimated * TOKENS * dtype.itemsize) < 1.3
+
+
+@pytest.mark.parametrize("recipe", [Recipe(format="int4", group_size=8), Recipe(format="fp8_block")], ids=str)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3-MoE", "DeepSeek-V3"])
+def test_rounded_weights_and_inputs_are_estimated_within_a_tenth(family: str, recipe: Recipe) -> None:
+    """Where every forward pass rounds, as of shards: what it rounded is there until the backward pass."""
+    model, shape = model_of(family, torch.float32)
+    if shape.experts:
+        model.set_experts_implementation(PADDED)
+    plain = kept(model)
+    emulate(model, recipe, weights=True)
+    layers = [layer_tensors(shape, layer) for layer in range(shape.layers)]
+    weights = sum(covered_parameters(tensors, recipe).total for tensors in layers)
+    inputs = sum(rounded_elements(shape, layer, Layout(1), fused=False) for layer in range(shape.layers))
+    estimated = 4 * (weights + TOKENS * inputs * recipe.rounds_inputs)
+    assert 0.9 < (kept(model) - plain) / estimated < 1.1

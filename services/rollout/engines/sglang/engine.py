@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pathlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.change_signal import ChangeSignal
+from miles.config.checks.json_file import read_json_object
 from miles.engine_spec import EngineSpec, engine_spec
+from miles.precision.of_run import folder_recipe
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import (
     EngineFailed,
@@ -24,6 +27,7 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ServedModel
 from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
+from miles.services.rollout.engines.sglang.server.process import IN_SERVER
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
@@ -108,6 +112,8 @@ class SglangEngine:
             api, timeout_s = self._replicas[0].api, self._options.call_timeout_s
             info, server = await api.get("/model_info", timeout_s), await api.get("/server_info", timeout_s)
             attached, given = bool(self._options.addresses), self._options.server_flags
+            if attached:
+                await asyncio.gather(*(self._check_attached(replica) for replica in self._replicas))
             if attached and (lossy := flags.lossy_acceptance(server)):
                 raise ServerUnstartable(
                     f"{self._options.addresses[0]} runs with {lossy}, so that tokens are sampled more often than their "
@@ -122,10 +128,32 @@ class SglangEngine:
             seeded=flags.is_deterministic(server if attached else given),
         )
 
+    async def _check_attached(self, replica: Replica) -> None:
+        """Raise ServerUnstartable when a server that runs already cannot take the versions that will come.
+
+        SGLang would convert values to the type that it holds them in, and leave their scales out.
+        """
+        recipe, dtype = self._options.recipe, self._options.dtype
+        server = await replica.api.get("/server_info", self._options.call_timeout_s)
+        folder = pathlib.Path(str(server.get("model_path") or ""))
+        model = read_json_object(folder / "config.json")  # empty when its folder is on another host
+        held, wanted = folder_recipe(model), None if recipe is None else recipe.format
+        if model and (None if held is None else held.format) != wanted:
+            raise ServerUnstartable(
+                f"{replica.api.address} was started to hold weights in {dtype if held is None else held.format}, and "
+                f"versions come in {wanted or dtype}; set rollout_weight_format, or start it from another folder"
+            )
+        if self._options.repacks and not replica.has_functions:
+            raise ServerUnstartable(
+                f"{replica.api.address} may have captured graphs that updates of int4 weights would break; start it "
+                f"with --custom-weight-loader {flags.KEEP_WORKSPACES} {flags.DRAIN}, and {IN_SERVER} in PYTHONPATH"
+            )
+
     async def close(self) -> None:
         """End every request and every server that was started here."""
         self._background.cancel()
         await asyncio.gather(*(replica.close() for replica in self._replicas))
+        self._loader.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """Stream a response, some dozen tokens at a time. Leaving the iterator early aborts the request.

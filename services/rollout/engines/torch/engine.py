@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import pathlib
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from miles.engine_spec import EngineSpec, engine_spec
+from miles.precision.emulation.experts import PADDED
+from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.base import (
     EngineFailed,
     EngineStats,
@@ -25,11 +28,8 @@ from miles.services.rollout.engines.torch.generation.generator import GeneratorO
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
 from miles.services.rollout.engines.torch.generation.stop import StopRule, StopStrings
-from miles.services.rollout.engines.torch.model.architecture import end_token_ids, model_shape, read_config
-from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
-from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
+from miles.services.rollout.engines.torch.model.architecture import model_shape, read_checkpoint
 from miles.services.rollout.engines.torch.worker import Worker
-from miles.weights.fp8 import dequantise_weights
 from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class TorchEngine:
         max_total_tokens: prompt and response together; None: what the model's positions allow.
         max_prefill_tokens: prompt tokens computed in one step; longer prompts take several steps.
         experts_implementation: of transformers' experts interface; the default keeps tokens independent.
+        recipe: how the weights to load are quantised; None when they are not. They are served dequantised, in `dtype`,
+            and their inputs are rounded where the format rounds inputs.
         threads: CPU threads of a step; None leaves torch's setting.
         command_timeout_s: how long a command to the worker thread may take, including the step it waits for.
     """
@@ -68,7 +70,8 @@ class TorchEngine:
         max_running_requests: int = 64,
         max_total_tokens: int | None = None,
         max_prefill_tokens: int = 2048,
-        experts_implementation: str = EXPERTS_NAME,
+        experts_implementation: str = PADDED,
+        recipe: Recipe | None = None,
         threads: int | None = None,
         command_timeout_s: float = 300.0,
     ) -> None:
@@ -84,8 +87,15 @@ class TorchEngine:
         self._device = torch.device(device)
         self._max_running_requests = max_running_requests
         self._max_total_tokens = max_total_tokens
-        self._max_prefill_tokens = max_prefill_tokens
-        self._experts_implementation = experts_implementation
+        self._options = functools.partial(
+            GeneratorOptions,
+            dtype=self._dtype,
+            device=self._device,
+            max_running_requests=max_running_requests,
+            max_prefill_tokens=max_prefill_tokens,
+            experts_implementation=experts_implementation,
+            recipe=recipe,
+        )
         self._threads = threads
         self._command_timeout_s = command_timeout_s
         self._worker: Worker | None = None
@@ -93,8 +103,6 @@ class TorchEngine:
         self._end_tokens: tuple[int, ...] = ()
         self._vocabulary = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._quantised: dict[str, torch.Tensor] = {}
-        """FP8 values and scales of the weights served, by name."""
 
     @property
     def spec(self) -> EngineSpec:
@@ -122,10 +130,15 @@ class TorchEngine:
         return self._max_running_requests
 
     async def start(self) -> None:
-        """Build the model without weights. Raises UnsupportedModel when the engine cannot run the architecture."""
+        """Build the model without weights.
+
+        Raises UnsupportedModel when the engine cannot run the architecture, and NotEmulated when not by its recipe.
+        """
         if self._worker is not None:
             raise RuntimeError("the engine was started already")
-        config, tokenizer, end_tokens = await asyncio.to_thread(self._read_checkpoint)
+        config, tokenizer, end_tokens = await asyncio.to_thread(
+            read_checkpoint, self._hf_checkpoint, self._max_total_tokens
+        )
         shape = model_shape(config)
         limit = min(self._max_total_tokens or shape.max_positions, shape.max_positions)
         self._max_total_tokens = limit
@@ -135,27 +148,12 @@ class TorchEngine:
         def deliver(batch: list[Delivery]) -> None:
             loop.call_soon_threadsafe(self._deliver, batch)
 
-        options = GeneratorOptions(
-            dtype=self._dtype,
-            device=self._device,
-            max_running_requests=self._max_running_requests,
-            max_total_tokens=limit,
-            max_prefill_tokens=self._max_prefill_tokens,
-            experts_implementation=self._experts_implementation,
-        )
-        worker = Worker(config, options, self._threads, deliver)
+        worker = Worker(config, self._options(max_total_tokens=limit), self._threads, deliver)
         with contextlib.ExitStack() as undo:
             undo.callback(worker.submit, worker.close)  # it ends once it has built the model
             await self._finish(worker.start(), "building the model")
             undo.pop_all()
         self._worker = worker
-
-    def _read_checkpoint(self) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
-        from transformers import AutoTokenizer
-
-        config = read_config(self._hf_checkpoint, self._max_total_tokens)
-        tokenizer = AutoTokenizer.from_pretrained(self._hf_checkpoint)
-        return config, tokenizer, end_token_ids(self._hf_checkpoint, config)
 
     async def close(self) -> None:
         """Abort everything and free the model."""
@@ -213,15 +211,18 @@ class TorchEngine:
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightsRefused before anything changed if a name, shape or dtype does not match.
 
-        FP8 weights are dequantised first, while decoding continues.
+        Quantised weights are dequantised first, while decoding continues.
         """
         generator = self._started().generator
-        quantised = await asyncio.to_thread(quantised_part, tensors, self._device)
-        if quantised:
-            tensors = await asyncio.to_thread(dequantise_weights, {**tensors, **quantised}, self._dtype)
+        quantised = generator.quantised
+        parts: dict[str, torch.Tensor] = {}
+        if quantised is not None:
+            parts = await asyncio.to_thread(quantised.parts_of, tensors)
+            tensors = await asyncio.to_thread(quantised.restored, tensors, parts)
         checked = generator.parameters.check(tensors)
         pause_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
-        self._quantised = quantised
+        if quantised is not None:
+            quantised.keep(parts)
         return pause_s
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
@@ -231,14 +232,14 @@ class TorchEngine:
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`.
 
-        Those that arrived as FP8 values and scales are returned so; raises WeightsRefused when the served weights are
-        not their dequantised values.
+        Quantised ones are returned as they arrived; raises ChecksumMismatch when the served weights are not what these
+        stand for.
         """
         generator = self._started().generator
         served = await self._call(lambda: generator.parameters.served, "reading the weights")
-        if not self._quantised:
+        if generator.quantised is None or not served:
             return served
-        return await asyncio.to_thread(as_received, served, self._quantised, self._dtype)
+        return await asyncio.to_thread(generator.quantised.as_received, served)
 
     async def release_memory(self) -> int:
         """Free nothing: the weights belong to the transport, and the cache is small."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.precision.of_run import rollout_recipe
+
 if TYPE_CHECKING:
     from miles.config import JobConfig
 
@@ -20,4 +22,5 @@ def configured_options(
         "dtype": rollout.rollout_dtype,
         "max_running_requests": rollout.max_running_requests,
         "max_total_tokens": rollout.rollout_max_context_len,
+        "recipe": rollout_recipe(config),
     }

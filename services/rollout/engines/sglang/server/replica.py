@@ -20,6 +20,7 @@ from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.server.probes import Load, Probe, ProbeTimes
 from miles.services.rollout.engines.sglang.server.process import ServerProcess
+from miles.services.rollout.engines.sglang.server.served_model import ServedModel
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.services.rollout.engines.sglang.weights.checker import drain_device
 
@@ -54,12 +55,14 @@ class Replica:
         self.index = index
         self.managed = not options.addresses
         self.api = SglangApi("" if self.managed else options.addresses[index])
-        self.max_positions = 0
-        """Positions of the model; to be set before `start`."""
+        self.model = ServedModel(options.hf_checkpoint)
+        """What it starts from; its positions are to be set before `start`."""
         self.version: int | None = None
         self._loads = 0
         self.ranks = options.gpus_per_engine if options.addresses else options.gpus_of(index)
         """Its tensor-parallel size; an attached server reports its own."""
+        self.has_functions = self.managed and options.recipe is not None
+        """Whether it can call those of `in_server`; an attached server reports its own."""
         self.batches = Batches(self._generate, self._post_abort)
         """Generates responses; requests that arrive together share a POST."""
         self.member: ServerMember | None = None
@@ -79,6 +82,11 @@ class Replica:
         self._progress_s = time.monotonic()
         """When its scheduler last made progress, or had nothing to do."""
         self._reported_at = 0.0
+
+    @property
+    def drains_in_updates(self) -> bool:
+        """Whether updates wait for its GPU; otherwise a checksum of nothing does, which leaves out no FP8 weights."""
+        return self.has_functions and self._options.takes_fp8_tensors
 
     @property
     def name(self) -> str:
@@ -164,7 +172,7 @@ class Replica:
             log_dir = self._options.log_dir
             log_path = None if log_dir is None else log_dir / f"{self._options.name}-sglang-{self.index}.log"
             self._process = await ServerProcess.start(
-                flags.command(self._options, self.index, port, self.max_positions), log_path
+                flags.command(self._options, self.index, port, self.model), log_path
             )
         await self.api.open()
         async with contextlib.AsyncExitStack() as undo:
@@ -191,6 +199,7 @@ class Replica:
             try:
                 answer = await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
                 self.ranks = int(answer.get("tp_size") or self.ranks)
+                self.has_functions |= flags.has_functions(answer)
                 return
             except (EngineFailed, ServerRefused) as error:
                 problem = str(error)
@@ -282,6 +291,11 @@ class Replica:
         await self.api.post("/pause_generation", {"mode": mode}, self._options.call_timeout_s)
         # To retract, a scheduler first waits for the step under way; an idle one has nothing left on its GPU then.
         if self._options.on_gpu and not (idle and mode == "retract"):
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Return once its GPU has finished all its work; at once if updates themselves wait for it."""
+        if not self.drains_in_updates:
             await drain_device(self.api, self._options.call_timeout_s)
 
     async def resume(self) -> None:

@@ -17,6 +17,12 @@ from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.server.served_model import (
+    ServedModel,
+    needs_own_folder,
+    served_quantisation,
+    write_folder,
+)
 from miles.services.rollout.engines.sglang.speculative.draft import own_parameters
 from miles.services.rollout.engines.sglang.weights import checker
 from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor, share_by_name
@@ -48,6 +54,8 @@ class WeightLoader:
         self._sums: dict[Selector, tuple[bytes, str]] = {}
         """For the last version received by broadcast: its manifest's checksum, and that of the servers."""
         self._released = False
+        self._files = contextlib.ExitStack()
+        """Holds the folder that describes the model to servers, if they need one."""
         self.tensors: Mapping[str, torch.Tensor] = {}
         """The weights that the servers hold, by HF name."""
         self.version: int | None = None
@@ -65,9 +73,29 @@ class WeightLoader:
     async def prepare(self) -> None:
         """Read the layout of the model's parameters."""
         share_by_name()
-        self._layout = await asyncio.to_thread(read_layout, self._options.hf_checkpoint, self._options.contract)
+        self._layout = await asyncio.to_thread(
+            read_layout, self._options.hf_checkpoint, self._options.contract, self._options.recipe
+        )
+        model = await asyncio.to_thread(self._served_model)
         for replica in self._servers.replicas:
-            replica.max_positions = self._layout.max_positions
+            replica.model = model
+
+    def close(self) -> None:
+        """Remove what servers were started from."""
+        self._files.close()
+
+    def _served_model(self) -> ServedModel:
+        """The checkpoint, or a folder that describes its model as it is served."""
+        folder, recipe, positions = self._options.hf_checkpoint, self._options.recipe, self._layout.max_positions
+        if self._options.addresses or not needs_own_folder(folder, recipe):
+            return ServedModel(folder, positions)
+        if self._options.log_dir is not None:
+            self._options.log_dir.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=f"{self._options.name}-model-", dir=self._options.log_dir)
+        own = self._files.enter_context(made)
+        quantisation = None if recipe is None else served_quantisation(recipe, self._layout.shapes)
+        write_folder(Path(own), folder, quantisation)
+        return ServedModel(own, positions, has_weights=False)
 
     def keep_draft_apart(self, algorithm: str) -> None:
         """Load the policy's versions into the policy only: the servers have a draft model with weights of its own."""
@@ -235,18 +263,27 @@ class WeightLoader:
         if self._options.weight_path == "disk" and selector != "draft":
             await self._push_files(replicas, version, staged.parts)
             return
-        ready, timeout_s = staged, self._options.call_timeout_s
+        ready = staged
 
         async def update(replica: Replica) -> None:
-            push = WeightUpdate(replica.api, version, selector, timeout_s)
-            await push.from_tensors(ready.buckets(len(replicas)), replica.ranks)
+            push = self._update(replica, version, selector)
+            await push.from_tensors(ready.buckets(len(replicas)))
             if ready.copied_on_gpu:
-                await checker.drain_device(replica.api, timeout_s)
+                await replica.drain()
 
         if selector == "draft":  # a server that refuses a draft serves the policy as before
             await self._servers.call_each(replicas, update, "load its draft model", blamed=(EngineFailed,))
         else:
             await self._servers.call_each(replicas, update, f"load version {version}")
+
+    def _update(self, replica: Replica, version: int | None, selector: Selector) -> WeightUpdate:
+        repacks, timeout_s = self._options.repacks and selector != "draft", self._options.call_timeout_s
+        return WeightUpdate(
+            *(replica.api, version, selector, timeout_s),
+            ranks=replica.ranks,
+            repacks=repacks,
+            drains=replica.drains_in_updates,
+        )
 
     async def _push_remote(
         self, replicas: Sequence[Replica], version: int | None, weights: RemoteWeights, selector: Selector
@@ -258,10 +295,10 @@ class WeightLoader:
         async def update(replica: Replica) -> None:
             if replica.member is None:
                 raise EngineFailed(f"{replica.name} was lost before it could receive the weights")
-            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            push = self._update(replica, version, selector)
             await push.from_sources(replica.member, weights)
             if self._options.on_gpu:
-                await checker.drain_device(replica.api, timeout_s)
+                await replica.drain()
             found[replica.name] = await checker.checksum(replica.api, selector, timeout_s)
 
         await self._servers.call_each(replicas, update, f"receive version {version} from the trainer")
@@ -289,8 +326,7 @@ class WeightLoader:
         folder = Path(tempfile.mkdtemp(prefix=f"{self._options.name}-weights-", dir=root))
 
         async def update(replica: Replica) -> None:
-            push = WeightUpdate(replica.api, version, "all", self._options.call_timeout_s)
-            await push.from_files(folder / str(version))
+            await self._update(replica, version, "all").from_files(folder / str(version))
 
         async with contextlib.AsyncExitStack() as cleanup:
             cleanup.push_async_callback(asyncio.to_thread, shutil.rmtree, folder, ignore_errors=True)

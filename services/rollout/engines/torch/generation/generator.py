@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.base import FinishReason
 from miles.services.rollout.engines.torch.generation.outbox import Outbox
 from miles.services.rollout.engines.torch.generation.sampling import Draw, likeliest, sample
@@ -22,6 +23,7 @@ from miles.services.rollout.engines.torch.model.forward import Forward, pack
 from miles.services.rollout.engines.torch.model.invariance import choose_padding
 from miles.services.rollout.engines.torch.model.kv_cache import KVCache
 from miles.services.rollout.engines.torch.model.parameters import Parameters
+from miles.services.rollout.engines.torch.model.quantised import QuantisedWeights
 from miles.services.rollout.engines.torch.model.routing_recorder import RoutingRecorder
 
 
@@ -35,12 +37,13 @@ class GeneratorOptions:
     max_total_tokens: int
     max_prefill_tokens: int
     experts_implementation: str
+    recipe: Recipe | None
 
 
 class Generator:
     """A model, which has no weights at first, the requests it runs, and their undelivered tokens.
 
-    Only one thread may use it, except for `parameters.check` and reading plain attributes.
+    Only one thread may use it, except for `parameters.check`, `quantised` and reading plain attributes.
     """
 
     def __init__(self, config: Any, options: GeneratorOptions) -> None:
@@ -53,8 +56,13 @@ class Generator:
             max_prefill_tokens=options.max_prefill_tokens,
         )
         self.scheduler = Scheduler(options.max_running_requests, padding.max_prefill_tokens)
-        model = build_empty_model(config, options.dtype, options.device, options.experts_implementation)
+        model = build_empty_model(config, options.dtype, options.device, options.experts_implementation, options.recipe)
         self.parameters = Parameters(model, options.device)
+        self.quantised = (
+            None
+            if options.recipe is None
+            else QuantisedWeights(options.recipe, self.parameters.shapes, options.dtype, options.device)
+        )
         self.outbox = Outbox()
         self.version: int | None = None
         self.generated_tokens = 0

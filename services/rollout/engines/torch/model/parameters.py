@@ -33,6 +33,11 @@ class Parameters:
         return list(self._expected)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Their shapes by name."""
+        return {name: tuple(weight.shape) for name, weight in self._expected.items()}
+
+    @property
     def served(self) -> Mapping[str, torch.Tensor]:
         """The tensors in use, by name; empty before the first `swap`."""
         return dict(self._served)

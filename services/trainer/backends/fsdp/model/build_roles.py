@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from miles.precision.of_run import training_recipe
 from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpCritic, FsdpPolicy, local_weights
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.model.compiled_layers import compile_layers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from miles.config import JobConfig
+    from miles.precision.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class _Builder:
         compute = algorithm_options.DTYPES[config.train.train_dtype]
         self._config = config
         self._device = device
+        self._recipe = training_recipe(config)
+        """Of the policy and of its reference; critics and teachers compute in train_dtype."""
         self._precision = Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
         self._options = ForwardOptions(
             device=device,
@@ -89,7 +93,7 @@ class _Builder:
         adapter = adapt(model, config) if config.lora.lora_rank else None
         has_routing = algorithm.use_routing_replay or config.rollout.records_routing
         routing = Routing(config, model, self._device) if has_routing else None
-        weights = self._place(model, precision)
+        weights = self._place(model, precision, recipe=self._recipe)
         policy = FsdpPolicy(
             model,
             weights,
@@ -108,7 +112,7 @@ class _Builder:
         if algorithm_options.needs_reference(config) and adapter is not None:
             reference = AdaptedBase(model, weights, LogProbForward(self._options), routing)
         elif algorithm_options.needs_reference(config):
-            reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
+            reference = self._frozen(config.checkpoint.ref_load or model_dir, model, recipe=self._recipe)
         teacher = self._teacher(model)
         critic = (
             self._critic(config.checkpoint.critic_load or model_dir) if algorithm_options.needs_critic(config) else None
@@ -152,17 +156,27 @@ class _Builder:
         roles = {name: self._frozen(path, policy, on_host=on_host) for name, path in folders.items()}
         return Teachers(roles, self._config.distillation) if len(roles) > 1 else next(iter(roles.values()), None)
 
-    def _frozen(self, folder: str | pathlib.Path, policy: torch.nn.Module, *, on_host: bool = False) -> FrozenModel:
+    def _frozen(
+        self,
+        folder: str | pathlib.Path,
+        policy: torch.nn.Module,
+        *,
+        on_host: bool = False,
+        recipe: Recipe | None = None,
+    ) -> FrozenModel:
         compute = self._precision.compute
         model = load_hf_model(folder, compute, gradient_checkpointing=False)
         model.requires_grad_(False)
-        weights = self._place(model, Precision(compute, compute), on_host=on_host)
+        weights = self._place(model, Precision(compute, compute), on_host=on_host, recipe=recipe)
         return FrozenModel(model, weights, LogProbForward(self._options), policy, frees=on_host)
 
-    def _place(self, model: PreTrainedModel, precision: Precision, *, on_host: bool = False) -> WorkingWeights:
+    def _place(
+        self, model: PreTrainedModel, precision: Precision, *, on_host: bool = False, recipe: Recipe | None = None
+    ) -> WorkingWeights:
         put_scoring_head(model)
         if self._config.train.torch_compile:
             compile_layers(model)
         elif self._device.type == "cuda" and dist.get_world_size() == 1:  # other ranks have no weights to compare with
             fuse_norms(model)
-        return place(model, precision, self._device, cpu_offload=on_host or self._config.train.fsdp_cpu_offload)
+        cpu_offload = on_host or self._config.train.fsdp_cpu_offload
+        return place(model, precision, self._device, cpu_offload=cpu_offload, recipe=recipe)

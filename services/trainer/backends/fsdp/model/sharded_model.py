@@ -13,10 +13,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from miles.precision.emulation.experts import GROUPED, PADDED
+from miles.precision.emulation.model import emulate
+from miles.precision.recipe import Recipe
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.checkpoint.errors import reading_model
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
+from miles.weights.hf_folder.model_config import read_model_config
+from miles.weights.hf_folder.pretrained import read_model
 from miles.weights.naming.model_tensors import once
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     Raises FileNotFoundError when the folder is not there or is not a checkpoint, and ValueError for one that cannot be
     read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
@@ -49,13 +54,11 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     model: PreTrainedModel
     if dist.get_rank() == 0:
         with reading_model(folder):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
-            )
+            model = read_model(folder, dtype, attn_implementation=attention.PACKED_ATTENTION)
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+                read_model_config(folder), dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
             )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -78,16 +81,28 @@ def put_value_head(model: PreTrainedModel, folder: str | pathlib.Path) -> None:
     model.set_output_embeddings(ValueHead(weight_1H.to(head.weight.device)))  # type: ignore[no-untyped-call]
 
 
-def place(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> WorkingWeights:
-    """Move the model to the device, or its shards to the ranks' devices.
+def place(
+    model: PreTrainedModel,
+    precision: Precision,
+    device: torch.device,
+    *,
+    cpu_offload: bool,
+    recipe: Recipe | None = None,
+) -> WorkingWeights:
+    """Move the model to the device, or its shards to the ranks' devices, and have it compute by `recipe`.
 
     One rank holds plain parameters, unless they are to stay in host memory. Several shard them over the default process
     group, a unit per decoder layer plus one for the rest: embeddings and head stay together, so that tied weights are
-    sharded once.
+    sharded once. Plain ones are rounded once for all micro-batches, shards in every pass, after they are gathered.
+    Raises NotEmulated.
     """
-    if dist.get_world_size() == 1 and not cpu_offload:
+    alone = dist.get_world_size() == 1 and not cpu_offload
+    if recipe is not None:
+        emulate(model, recipe, weights=not alone)
+        model.set_experts_implementation(PADDED if device.type == "cpu" else GROUPED)
+    if alone:
         torch.nn.Module.to(model, device)
-        return WorkingWeights.of(model, precision.compute)
+        return WorkingWeights.of(model, precision.compute, recipe)
     _shard(model, precision, device, cpu_offload=cpu_offload)
     return WorkingWeights.none(precision.compute)
 

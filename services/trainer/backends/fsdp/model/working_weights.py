@@ -10,28 +10,44 @@ one by one they would be an eighth of the kernels that a small model's step star
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from miles.precision.recipe import Recipe
+from miles.precision.registry import weight_format
+from miles.precision.rounding import rounded_weight
+
 _ALIGNMENT = 128
 """Elements that copies begin at multiples of, for kernels that load many at a time."""
 _CAST_BYTES = 64 * 2**20
 """Gradients that wait to be cast together, in the type of the computation."""
 
-Place = tuple[torch.nn.Module, str, torch.nn.Parameter]
-"""A module, its parameter's name, and the parameter."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter is."""
+
+    module: torch.nn.Module
+    attribute: str
+    master: torch.nn.Parameter
+    name: str
+    """In the model."""
+    rounded: bool
+    """Whether the recipe covers it."""
 
 
 class WorkingWeights:
-    """Copies of those parameters of a model whose type is not the one that it computes with; in one piece of memory."""
+    """Copies of those parameters of a model that it does not compute with as they are held; in one piece of memory."""
 
-    def __init__(self, places: Sequence[Place], dtype: torch.dtype) -> None:
+    def __init__(self, places: Sequence[_Place], dtype: torch.dtype, recipe: Recipe | None = None) -> None:
         """`places`: where those parameters are; tied ones have several."""
         self._places = places
-        masters = list(dict.fromkeys(master for _, _, master in places))
+        self._format = None if recipe is None else weight_format(recipe)
+        masters = list(dict.fromkeys(place.master for place in places))
         sizes = [-(-master.numel() // _ALIGNMENT) * _ALIGNMENT for master in masters]
         device = masters[0].device if masters else None
         memory = torch.empty(sum(sizes), dtype=dtype, device=device)
@@ -43,14 +59,15 @@ class WorkingWeights:
             for master, start in zip(masters, starts, strict=False)
         }
         self._memory.resize_(0)
+        self._rounded = {place.name: self._copies[place.master] for place in places if place.rounded}
         self._waiting: dict[torch.nn.Parameter, torch.Tensor] = {}
         """Gradients, by master, that are not in it yet."""
         self._waiting_bytes = 0
 
     @classmethod
-    def of(cls, model: torch.nn.Module, dtype: torch.dtype) -> WorkingWeights:
-        """Of a model that is not sharded."""
-        return cls(_places(model, dtype), dtype)
+    def of(cls, model: torch.nn.Module, dtype: torch.dtype, recipe: Recipe | None = None) -> WorkingWeights:
+        """Of a model that is not sharded, which computes by `recipe`."""
+        return cls(_places(model, dtype, recipe), dtype, recipe)
 
     @classmethod
     def none(cls, dtype: torch.dtype) -> WorkingWeights:
@@ -67,6 +84,7 @@ class WorkingWeights:
             if copies:
                 with torch.no_grad():
                     torch._foreach_copy_(list(copies.values()), list(copies))
+                    self._round()
             self._put(copies)
             yield
             self._cast_waiting()  # not after an error: it needs memory, which may be what the block ran out of
@@ -74,6 +92,12 @@ class WorkingWeights:
             self._waiting, self._waiting_bytes = {}, 0
             self._put({master: master for master in copies})
             self._memory.resize_(0)
+
+    def _round(self) -> None:
+        """Round the copies that the recipe covers, in place."""
+        if self._format is not None:
+            for name, copy in self._rounded.items():
+                copy.copy_(rounded_weight(self._format, name, copy))
 
     def _copy(self, master: torch.nn.Parameter, memory: torch.Tensor) -> torch.nn.Parameter:
         copy = torch.nn.Parameter(memory.view(master.shape), requires_grad=master.requires_grad)
@@ -113,15 +137,19 @@ class WorkingWeights:
 
     def _put(self, chosen: dict[torch.nn.Parameter, torch.nn.Parameter]) -> None:
         # Not by setattr, which takes ten times as long: a model has hundreds of parameters.
-        for module, name, master in self._places:
-            module._parameters[name] = chosen[master]
+        for place in self._places:
+            place.module._parameters[place.attribute] = chosen[place.master]
 
 
-def _places(model: torch.nn.Module, dtype: torch.dtype) -> list[Place]:
-    """Where the parameters of other types are."""
-    return [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dtype != dtype
-    ]
+def _places(model: torch.nn.Module, dtype: torch.dtype, recipe: Recipe | None) -> list[_Place]:
+    """Where the parameters are that are of other types or rounded."""
+    places = []
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{module_name}.{attribute}"
+            rounded = recipe is not None and recipe.layers.cover(name, parameter.dim())
+            if rounded or parameter.dtype != dtype:
+                places.append(_Place(module, attribute, parameter, name, rounded))
+    return places

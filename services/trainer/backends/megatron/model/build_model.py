@@ -23,6 +23,9 @@ from miles.services.trainer.backends.megatron.model.expert_layers import (
 from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
+from miles.services.trainer.backends.megatron.precision.choice import LowPrecision, low_precision
+from miles.services.trainer.backends.megatron.precision.covered import apply_recipe
+from miles.services.trainer.backends.megatron.precision.kernels import engine_values
 from miles.services.trainer.checkpoint.initial_weights import initial_weights
 
 if TYPE_CHECKING:
@@ -98,9 +101,10 @@ def build_model(
     bridge = _bridge(folder, grouped=computes_grouped(config.moe, with_engine=with_engine))
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    load = functools.partial(_complete_and_load, bridge, config, weights, critic_from is not None)
+    low = low_precision(config) if critic_from is None else None  # critics compute in train_dtype
+    load = functools.partial(_complete_and_load, bridge, config, weights, low, critic_from is not None)
     provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
-    _configure(provider, config, parallel, compute)
+    _configure(provider, config, parallel, compute, low)
     if critic_from is not None:
         provider.share_embeddings_and_output_weights = False
         provider.moe_enable_routing_replay = False
@@ -121,13 +125,20 @@ def _bridge(folder: pathlib.Path, *, grouped: bool) -> Any:
     from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, SingleExpertBridge
 
     kind = LayerBridge if grouped else SingleExpertBridge
-    return kind.from_hf_pretrained(str(folder))
+    return kind.from_folder(folder)
 
 
 def _complete_and_load(
-    bridge: Any, config: JobConfig, weights: pathlib.Path, is_critic: bool, chunks: list[Any]
+    bridge: Any,
+    config: JobConfig,
+    weights: pathlib.Path,
+    low: LowPrecision | None,
+    is_critic: bool,
+    chunks: list[Any],
 ) -> list[Any]:
     """Add the policy's MTP layers; read a Hugging Face folder or a torch_dist checkpoint into bare chunks.
+
+    Their layers compute as `low` says.
 
     Raises ValueError for parameters that the bridge cannot fill.
     """
@@ -141,12 +152,15 @@ def _complete_and_load(
                 trained=layout.enable_mtp_training,
             )
     prepare_routers(config.moe, chunks[0].config, chunks)
-    if any(task is None for task in bridge.get_conversion_tasks(chunks)):
+    tasks = bridge.get_conversion_tasks(chunks)
+    if any(task is None for task in tasks):
         architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
         raise ValueError(
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
+    if low is not None:
+        apply_recipe(low, chunks[0].config, tasks)
     read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
     if config.lora.lora_rank and not is_critic:
         from miles.services.trainer.backends.megatron.lora.adapter import attach
@@ -163,7 +177,9 @@ def read_weights(bridge: Any, folder: pathlib.Path, chunks: list[Any], *, but: s
         bridge.load_hf_weights(chunks, hf_path=str(folder))
 
 
-def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype) -> None:
+def _configure(
+    provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype, low: LowPrecision | None
+) -> None:
     """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnBackend
@@ -207,6 +223,8 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
     }
     values |= expert_values(config.moe, with_engine=with_engine, replays=wants_replay(config))
+    if low is not None and low.by_engine:
+        values |= engine_values(config.precision, low.recipe)
     if virtual is not None:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:

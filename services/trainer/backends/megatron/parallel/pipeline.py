@@ -19,6 +19,7 @@ from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining, res
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 from miles.services.trainer.backends.megatron.parallel.response_head import response_logits
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows, padded_rows
+from miles.services.trainer.backends.megatron.precision import kernels
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch
 
 OutputT = TypeVar("OutputT")
@@ -117,6 +118,7 @@ class Pipeline:
     def _local_rows(self, micro_batch: MicroBatch) -> LocalRows:
         parallel = self._parallel
         multiple = parallel.tensor_size if self._model.config.sequence_parallel else 1
+        multiple *= kernels.ROWS if self._model.config.fp8 else 1
         if self._padded:
             return padded_rows(micro_batch, multiple_of=multiple)
         return local_rows(
