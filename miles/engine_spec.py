@@ -60,7 +60,7 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
         "sglang": EngineSpec(
             name="sglang",
             runs_servers=True,
-            weight_formats=frozenset({"as_trained"}),
+            weight_formats=frozenset({"as_trained", "fp8_block", "int4"}),
             weight_form="checkpoint",
             mtp_drafts=frozenset({"EAGLE", "NEXTN"}),
             unties=frozenset({"glm4_moe", "minimax_m2", "qwen2_moe", "qwen3_moe"}),

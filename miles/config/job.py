@@ -19,8 +19,9 @@ from miles.config.rules import check
 from miles.config.rules.nodes import reached_by_others
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
-from miles.config.schema.faults import ConfigError, Fault, faults_of
+from miles.config.schema.faults import ConfigError, Fault, faults_of, show
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.schema.precision_variables import not_given
 from miles.config.schema.section import Section
 from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.architecture import ArchitectureConfig
@@ -208,9 +209,12 @@ def resolution(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = 
         depends["mlflow_tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or None
     complete = {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
     _, settings, _ = _read(complete)
+    asked = not_given(settings, os.environ)
+    complete |= {each.key: each.value for each in asked}
     choices = list(choose_backends(settings, "cpu" if on_cpu else "cuda"))
     chosen = [str(choice) for choice in choices]
     complete |= {choice.key: choice.value for choice in choices}
+    chosen += [f"{each.key} = {show(each.value)}: {each.variable} is set in the environment" for each in asked]
     if flat.get("host") is None and reached_by_others(settings) and (address := own_address()) is not None:
         complete["host"] = address
         chosen.append(f"host = {address}: services on other machines reach this one there, by its default route")

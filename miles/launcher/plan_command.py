@@ -10,6 +10,7 @@ from typing import Any
 from miles.config.command.flags import parse_command_line
 from miles.config.command.reference_page import wrapped
 from miles.config.schema.faults import ConfigError
+from miles.launcher import memory_command
 from miles.launcher.console import RunConsole, help_width
 from miles.launcher.dry_run import checked_plan
 from miles.launcher.elsewhere import plan_elsewhere
@@ -25,7 +26,8 @@ from miles.placement.deal import Placement
 from miles.rpc.exit_codes import ExitCode
 
 _USAGE = (
-    "usage: miles plan [--json] [--assume-gpus N,N,...] [--config FILE] [FLAGS]",
+    "usage: miles plan [--json] [--assume-gpus N,N,...] [--config FILE] [FLAGS]\n"
+    "       miles plan memory --help, for the memory of a model by precision",
     "Takes train.py's flags and says which process starts on which node and GPUs, and what each takes of a GPU's "
     "memory, of the host's and of the disk, with the formula of each figure. Starts nothing, and needs no weights: a "
     "model's config.json will do.",
@@ -38,6 +40,8 @@ _USAGE = (
 
 def main(arguments: Sequence[str]) -> int:
     """Plan and print; return the exit code."""
+    if list(arguments[:1]) == ["memory"]:
+        return memory_command.main(arguments[1:])
     words = [word for word in arguments if word != "--json"]
     line = parse_command_line(words, starts_nothing=True)
     console = RunConsole()

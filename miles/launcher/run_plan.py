@@ -6,7 +6,7 @@ import dataclasses
 
 from miles.config.job import JobConfig
 from miles.config.notes import Note
-from miles.config.schema.faults import RunFault
+from miles.config.schema.faults import Fault
 from miles.placement.nodes import Cluster
 
 
@@ -18,7 +18,7 @@ class RunPlan:
     """Resolved for a device."""
     assumed: Cluster | None = None
     """Instead of this machine."""
-    missing: tuple[RunFault, ...] = ()
+    missing: tuple[Fault, ...] = ()
     """What a run needs besides."""
     chosen: tuple[str, ...] = ()
     """What the machine decided, each with the reason."""

@@ -24,7 +24,7 @@ def disk_part(run: Run) -> Part:
     trained = 2 * total if run.has_critic else total
     if s.lora_rank:
         trained = adapter_parameters(run.policy.shape, s.lora_rank) if run.policy.shape is not None else 0
-    checkpoint, export = trained * each, total * run.engine_bytes
+    checkpoint, export = trained * each, run.published.bytes
     tokens = steps * s.log_samples_per_step * s.n_samples_per_prompt * (s.rollout_max_response_len or 0)
     samples = tokens * _SAMPLE_TOKEN_BYTES
     formula = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from miles.memory.amount import Part, When, number, size
+from miles.memory.held import Held, held
 from miles.memory.model import ModelShape
-from miles.memory.parameters import key_value_elements, mtp_parameters
+from miles.memory.parameters import key_value_elements
 from miles.memory.run import Run
+from miles.memory.tensors import mtp_tensors
 
 _MIB = 1 << 20
 _SGLANG_SIZES = (
@@ -31,13 +33,23 @@ def engine_parts(run: Run, gpu_bytes: int | None = None, resident: int = 0) -> l
 
 
 def weights_part(run: Run) -> Part:
-    """Return the weights on one of an engine's GPUs: SGLang splits all of them over its tensor-parallel ranks."""
-    gpus = run.settings.rollout_num_gpus_per_engine if run.settings.rollout_backend == "sglang" else 1
-    count = run.policy.parameters.total + _draft(run)
+    """Return the weights on one of an engine's GPUs: SGLang splits all of them over its tensor-parallel ranks.
+
+    The torch engine keeps quantised matrices as they came, beside what it computes with.
+    """
+    sglang = run.settings.rollout_backend == "sglang"
+    gpus = run.settings.rollout_num_gpus_per_engine if sglang else 1
+    weights = run.published
+    formula, count = weights.formula, weights.bytes
+    if weights.covered and not sglang:  # which computes with the matrices that the parts stand for
+        formula = f"{formula} + {number(weights.covered)} dequantised × {run.engine_bytes} bytes"
+        count += weights.covered * run.engine_bytes
+    if (draft := _draft(run)) is not None:
+        formula, count = f"{formula}, and MTP layers: {draft.formula}", count + draft.bytes
     divided = "" if gpus == 1 else f" / {gpus} GPUs of a server"
+    formula = f"({formula}){divided}" if divided and "+" in formula else f"{formula}{divided}"
     when = When.GENERATING if run.settings.offload_rollout else When.ALWAYS
-    formula = f"{number(count)} parameters × {run.engine_bytes} bytes{divided}"
-    return Part("engine weights", count * run.engine_bytes // gpus, formula, when)
+    return Part("engine weights", count // gpus, formula, when)
 
 
 def static_fraction(run: Run, gpu_bytes: int) -> float:
@@ -54,14 +66,15 @@ def static_fraction(run: Run, gpu_bytes: int) -> float:
     return float(max(0.0, round(1 - reserved / total, 3)))
 
 
-def _draft(run: Run) -> int:
-    """Return the parameters of MTP layers that an engine drafts with, and of its copies of embedding and head."""
+def _draft(run: Run) -> Held | None:
+    """Return MTP layers that an engine drafts with."""
     shape, args = run.policy.shape, run.settings.sglang_args
     algorithm = str(args.get("speculative_algorithm") or "").upper()
     own = args.get("speculative_draft_model_path") is not None
     if shape is None or own or algorithm not in ("EAGLE", "NEXTN"):
-        return 0
-    return shape.mtp_layers * mtp_parameters(shape).total
+        return None
+    layers = (tensor for number in range(shape.mtp_layers) for tensor in mtp_tensors(shape, number))
+    return held(layers, run.serving, run.engine_bytes)
 
 
 def _sglang(run: Run, gpu_bytes: int | None, resident: int) -> list[Part]:
@@ -75,7 +88,7 @@ def _sglang(run: Run, gpu_bytes: int | None, resident: int) -> list[Part]:
     tokens = ""
     if run.policy.shape is not None and cache:
         gpus = run.settings.rollout_num_gpus_per_engine
-        each = _cache_bytes(run.policy.shape, run.engine_bytes, gpus)
+        each = _cache_bytes(run.policy.shape, _cache_element(run), gpus)
         tokens = f": {number(cache / each)} tokens of {each} bytes"
     room = size(free) + (" beside the trainer" if resident else "")
     formula = f"mem_fraction_static {fraction:g} × {room} − weights{tokens}"
@@ -85,6 +98,11 @@ def _sglang(run: Run, gpu_bytes: int | None, resident: int) -> list[Part]:
         Part("KV cache", cache, formula, weights.when),
         Part("engine's work", free - static, rest, When.GENERATING),
     ]
+
+
+def _cache_element(run: Run) -> int:
+    """Return the bytes of a key's element in SGLang's cache."""
+    return 1 if str(run.settings.sglang_args.get("kv_cache_dtype") or "").startswith("fp8") else run.engine_bytes
 
 
 def _cache_bytes(shape: ModelShape, each: int, gpus: int) -> int:

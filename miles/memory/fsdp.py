@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from miles.memory.amount import Part, When, number
+from miles.memory.held import covered_parameters
 from miles.memory.model import ModelShape
 from miles.memory.parameters import Parameters, layer_parameters, outer_parameters
 from miles.memory.run import Model, Run
+from miles.memory.tensors import model_tensors
 
 _ADAPTER_BYTES = 4
 
@@ -88,10 +90,12 @@ def _shard(name: str, run: Run, count: int, each: int, what: str, when: When = W
 def _gathered(run: Run) -> list[Part]:
     """Return what is held in the type of the computation while a model works."""
     total, each = run.policy.parameters.total, run.train_bytes
-    if run.ranks == 1 and not run.settings.fsdp_cpu_offload:
+    if run.alone:
         same = each == run.master_bytes or run.settings.lora_rank
-        formula = f"{number(total)} parameters × {each} bytes, cast from the masters"
-        return [] if same else [Part("working weights", total * each, formula, When.TRAINING)]
+        count = (_covered(run) if same else total) if run.training is not None else total * (not same)
+        how = "cast from the masters" if run.training is None else f"rounded to {run.training.format}"
+        formula = f"{number(count)} parameters × {each} bytes, {how}"
+        return [Part("working weights", count * each, formula, When.TRAINING)] if count else []
     if (shape := run.policy.shape) is None:
         return []
     unit = max(layer_parameters(shape, layer).total for layer in {0, shape.layers - 1, shape.layers // 2})
@@ -107,6 +111,14 @@ def _gathered(run: Run) -> list[Part]:
             When.TRAINING,
         ),
     ]
+
+
+def _covered(run: Run) -> int:
+    """Return the parameters that the trainer's recipe covers; all of them where the model's shape is not known."""
+    shape, recipe = run.policy.shape, run.training
+    if shape is None or recipe is None:
+        return run.policy.parameters.total
+    return covered_parameters(model_tensors(shape), recipe).total
 
 
 def _copies(run: Run) -> list[Part]:

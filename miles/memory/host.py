@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.memory.amount import Part, number
+from miles.memory.amount import Part
 from miles.memory.run import Run
 
 _PROCESS = {"cpu": 400 << 20, "cuda": 4 << 30}
@@ -13,9 +13,8 @@ _CONTEXT = int(1.5 * (1 << 30))
 
 def versions_part(run: Run) -> Part:
     """Return what versions of the weights take in shared memory of a node: the one that is served and the next one."""
-    count = run.policy.parameters.total
-    formula = f"2 versions × {number(count)} × {run.engine_bytes}"
-    return Part("versions of the weights", 2 * count * run.engine_bytes, formula)
+    weights = run.published
+    return Part("versions of the weights", 2 * weights.bytes, f"2 versions × ({weights.formula})")
 
 
 def compared_parts(run: Run, rank: int) -> list[Part]:
@@ -25,9 +24,8 @@ def compared_parts(run: Run, rank: int) -> list[Part]:
     """
     if run.settings.update_weight_transfer_mode not in ("disk_delta", "grpc_chunks"):
         return []
-    count = run.policy.parameters.total * run.engine_bytes
+    count, words = run.published.bytes, f"({run.published.formula})"
     shards = -(-count // run.ranks) if run.ranks > 1 else 0
-    words = f"{number(run.policy.parameters.total)} × {run.engine_bytes}"
     formula = " + ".join([*([words] if rank == 0 else []), *([f"{words} / {run.ranks} ranks"] if shards else [])])
     return [Part("last version", (count if rank == 0 else 0) + shards, formula)]
 
@@ -35,8 +33,7 @@ def compared_parts(run: Run, rank: int) -> list[Part]:
 def buckets_part(run: Run) -> Part:
     """Return the buckets in which a rank all-gathers weights to publish them."""
     each = run.settings.update_weight_buffer_size
-    whole = run.policy.parameters.total * run.engine_bytes
-    return Part("buckets of weights", min(2 * each, 2 * whole), f"2 × update_weight_buffer_size = {each}")
+    return Part("buckets of weights", min(2 * each, 2 * run.published.bytes), f"2 × update_weight_buffer_size = {each}")
 
 
 def process_part(device: str) -> Part:

@@ -6,13 +6,15 @@ from miles.memory import host
 from miles.memory.amount import Part, When
 from miles.memory.engines import weights_part
 from miles.memory.fsdp import fsdp_parts
+from miles.memory.low_precision import low_precision_parts
 from miles.memory.megatron import megatron_parts
 from miles.memory.run import Run
 
 
 def trainer_state(run: Run, stage: int = 0) -> tuple[list[Part], list[Part]]:
     """Return weights, gradients and optimizer of a rank on its device, and its host memory besides."""
-    return megatron_parts(run, stage) if run.settings.train_backend == "megatron" else fsdp_parts(run)
+    device, others = megatron_parts(run, stage) if run.settings.train_backend == "megatron" else fsdp_parts(run)
+    return [*device, *low_precision_parts(run, stage)], others
 
 
 def least_host_memory(run: Run) -> Part:

@@ -95,8 +95,13 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, mtp_layers
         found += Parameters(head=head, norms=shape.hidden)
         for _ in range(mtp_layers):
             found += mtp_parameters(shape)
-    split = found.split(layout.tensor, shape.key_value_heads)
-    return dataclasses.replace(split, experts=-(-found.experts // (layout.expert * layout.expert_tensor)))
+    return on_rank(found, shape, layout)
+
+
+def on_rank(stage: Parameters, shape: ModelShape, layout: Layout) -> Parameters:
+    """Return what the largest rank has of a stage's parameters."""
+    split = stage.split(layout.tensor, shape.key_value_heads)
+    return dataclasses.replace(split, experts=-(-stage.experts // (layout.expert * layout.expert_tensor)))
 
 
 def _padded(shape: ModelShape, layout: Layout) -> int:

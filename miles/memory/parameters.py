@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 from miles.memory.model import ModelShape
+from miles.memory.tensors import Tensors, layer_tensors, model_tensors, mtp_tensors, outer_tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,62 +58,30 @@ _FIELDS = dataclasses.fields(Parameters)
 @functools.lru_cache(maxsize=4096)
 def layer_parameters(shape: ModelShape, layer: int) -> Parameters:
     """Return those of one decoder layer, counted from 0."""
-    found = attention_parameters(shape) + Parameters(norms=shape.norms * shape.hidden)
-    if layer not in shape.expert_layers:
-        bias = (2 * shape.width + shape.hidden) if shape.mlp_bias else 0
-        return found + Parameters(dense=3 * shape.hidden * shape.width + bias)
-    return found + Parameters(
-        experts=shape.experts * 3 * shape.hidden * shape.expert_width,
-        shared=3 * shape.hidden * shape.shared_width,
-        router=shape.experts * (shape.hidden + shape.score_bias) + shape.shared_gate * shape.hidden,
-    )
-
-
-def attention_parameters(shape: ModelShape) -> Parameters:
-    """Return those of one layer's attention."""
-    hidden, heads, groups, dim = shape.hidden, shape.heads, shape.key_value_heads, shape.head_dim
-    output_bias = shape.output_bias * hidden
-    if (latent := shape.latent) is not None:
-        width = latent.nope_dim + latent.rope_dim
-        down = hidden * (latent.key_value_rank + latent.rope_dim) + hidden * (latent.query_rank or 0)
-        bias = shape.query_bias * (latent.key_value_rank + latent.rope_dim + (latent.query_rank or 0))
-        up = (latent.query_rank or hidden) * heads * width
-        up += latent.key_value_rank * heads * (latent.nope_dim + latent.value_dim)
-        index_width = latent.index_heads * latent.index_dim
-        index = (latent.query_rank or hidden) * index_width + hidden * (latent.index_dim + latent.index_heads)
-        return Parameters(
-            attention=up + heads * latent.value_dim * hidden + index * (index_width > 0),
-            replicated=down + bias,
-            norms=latent.key_value_rank + (latent.query_rank or 0) + output_bias + 2 * latent.index_dim,
-        )
-    norms = {None: 0, "head": 2 * dim, "all": (heads + groups) * dim}[shape.query_key_norm]
-    return Parameters(
-        attention=2 * hidden * heads * dim + shape.query_bias * heads * dim,
-        key_values=2 * groups * dim * (hidden + shape.query_bias),
-        norms=norms + output_bias,
-    )
+    return counted(layer_tensors(shape, layer))
 
 
 def outer_parameters(shape: ModelShape) -> Parameters:
     """Return those outside the layers: embedding, head and last norm."""
-    matrix = shape.vocabulary * shape.hidden
-    return Parameters(embedding=matrix, head=0 if shape.tied else matrix, norms=shape.hidden)
+    return counted(outer_tensors(shape))
 
 
 def mtp_parameters(shape: ModelShape) -> Parameters:
-    """Return those of one MTP layer, without what it shares with the model (DeepSeek-V3, arXiv 2412.19437)."""
-    inputs = Parameters(attention=2 * shape.hidden * shape.hidden, norms=3 * shape.hidden)
-    return layer_parameters(shape, shape.layers - 1) + inputs
+    """Return those of one MTP layer, without what it shares with the model."""
+    return counted(mtp_tensors(shape))
 
 
 def model_parameters(shape: ModelShape, *, mtp_layers: int = 0) -> Parameters:
     """Return those of the model with this many MTP layers."""
-    found = outer_parameters(shape)
-    for layer in range(shape.layers):
-        found += layer_parameters(shape, layer)
-    for _ in range(mtp_layers):
-        found += mtp_parameters(shape)
-    return found
+    return counted(model_tensors(shape, mtp_layers=mtp_layers))
+
+
+def counted(tensors: Iterable[Tensors]) -> Parameters:
+    """Return the elements of tensors by kind."""
+    found: dict[str, int] = {}
+    for each in tensors:
+        found[each.kind] = found.get(each.kind, 0) + each.elements
+    return Parameters(**found)
 
 
 def active_parameters(shape: ModelShape) -> int:

@@ -12,6 +12,7 @@ from miles.memory.activations import activation_parts
 from miles.memory.amount import Part, When, peak
 from miles.memory.engines import engine_parts
 from miles.memory.least import trainer_state
+from miles.memory.low_precision import KERNEL_WEIGHTS
 from miles.memory.megatron import layout_of
 from miles.memory.run import Run
 from miles.memory.samples import queue_part, rank_samples_part, rollout_samples_part
@@ -100,9 +101,12 @@ def trainer_parts(run: Run, stage: int = 0) -> tuple[list[Part], list[Part]]:
     device = [*state, *activation_parts(run, stage), host.buckets_part(run)]
     if not run.parks:
         return device, others
-    moved = sum(part.bytes for part in state if part.when is When.ALWAYS and not part.name.endswith("gradients"))
+    stays = (KERNEL_WEIGHTS,)
+    kept = [part for part in state if part.when is When.ALWAYS and part.name not in stays]
+    moved = sum(part.bytes for part in kept if not part.name.endswith("gradients"))
     parked = Part("parked trainer", moved, "weights and optimizer of a rank while the engines work, pinned")
-    return [dataclasses.replace(part, when=When.TRAINING) for part in device], [*others, parked]
+    turns = [part if part.name in stays else dataclasses.replace(part, when=When.TRAINING) for part in device]
+    return turns, [*others, parked]
 
 
 def report_of(run: Run, cluster: Cluster, placement: Placement | None) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -10,9 +11,13 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.sections.distillation import named
 from miles.memory.headers import count_in_headers
+from miles.memory.held import Held, held, unquantised
 from miles.memory.model import ModelShape, shape_of
 from miles.memory.parameters import Parameters, model_parameters
+from miles.memory.tensors import model_tensors
 from miles.precision.number_types import AUTO, decide
+from miles.precision.of_run import rollout_recipe_of, training_recipe_of
+from miles.precision.recipe import Recipe
 
 _PROMPT_TOKENS = 1024
 """Length of a prompt of which no setting says anything."""
@@ -40,12 +45,26 @@ class Run:
     master_bytes: int
     """Of a weight that fsdp's optimizer updates."""
     engine_bytes: int
-    """Of a weight in engines and exports."""
+    """Of a weight in engines and exports that is not quantised."""
+    training: Recipe | None = None
+    """By what the trainer computes."""
+    serving: Recipe | None = None
+    """By what weights are published and served."""
+
+    @property
+    def published(self) -> Held:
+        """The policy's weights as they are published and exported."""
+        return held_by(self.policy, self.serving, self.engine_bytes)
 
     @property
     def ranks(self) -> int:
         """The trainer's processes."""
         return int(self.settings.actor_num_nodes * (self.settings.actor_num_gpus_per_node or 1))
+
+    @property
+    def alone(self) -> bool:
+        """Whether fsdp has one rank with plain parameters, which are cast and rounded once a step."""
+        return self.ranks == 1 and not self.settings.fsdp_cpu_offload
 
     @property
     def parks(self) -> bool:
@@ -102,7 +121,7 @@ def run_of(settings: FlatSettings | None) -> Run | None:
     if settings is None or not settings.hf_checkpoint:
         return None
     s = settings
-    policy = read_model(s.hf_checkpoint)
+    policy, config = read_model(s.hf_checkpoint), read_config(s.hf_checkpoint)
     if policy is None:
         return None
     types = decide(s.train_dtype, s.rollout_dtype, {})
@@ -116,13 +135,32 @@ def run_of(settings: FlatSettings | None) -> Run | None:
         train_bytes=train,
         master_bytes=4 if s.keep_fp32_master else train,
         engine_bytes=4 if undecided or types.rollout_dtype == "float32" else 2,
+        training=training_recipe_of(s, config),
+        serving=rollout_recipe_of(s, config),
     )
+
+
+def held_by(model: Model, recipe: Recipe | None, each: int) -> Held:
+    """Return a model's weights by a recipe; of one whose shape is not known, as if they were not quantised."""
+    if model.shape is None:
+        return unquantised(model.parameters.total, each)
+    return _held(model.shape, recipe, each)
+
+
+@functools.lru_cache(maxsize=64)
+def _held(shape: ModelShape, recipe: Recipe | None, each: int) -> Held:
+    return held(model_tensors(shape), recipe, each)
 
 
 def read_model(folder: str) -> Model | None:
     """Return a folder's model by its config.json, or else by its weights' headers; None if neither can be read."""
-    config: dict[str, Any] = read_json_object(pathlib.Path(folder) / "config.json")
-    if (shape := shape_of(config)) is not None:
+    if (shape := shape_of(read_config(folder))) is not None:
         return Model(model_parameters(shape), shape)
     count = count_in_headers(pathlib.Path(folder))
     return Model(Parameters(dense=count), None) if count else None
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """Return a folder's config.json; empty when it cannot be read."""
+    found: dict[str, Any] = read_json_object(pathlib.Path(folder) / "config.json")
+    return found

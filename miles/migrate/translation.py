@@ -12,6 +12,7 @@ from miles.config.job import examine, resolved
 from miles.config.notes import notes
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault, unknown_name
+from miles.config.schema.precision_variables import asked_by
 from miles.config.sglang.taking import take
 from miles.migrate.environment import Environment, sort_environment
 from miles.migrate.equivalents import equivalent, staleness
@@ -150,7 +151,13 @@ def _follow_asynchrony(result: Translation, given: Mapping[str, Sequence[str]]) 
 
 
 def _take_environment(result: Translation) -> None:
-    result.environment = sort_environment(result.launch.environment)
+    closed = {name: value for name, value in result.launch.environment.items() if not is_open(value)}
+    asked = [each for each in asked_by(closed, fp8="--fp8-format" in result.flags) if each.value is not False]
+    for each in asked:
+        flag = catalog()[each.key].flag
+        result.flags.setdefault(flag, [] if each.value is True else [str(each.value)])
+        result.notes.append(f"{each.variable} in the environment is {' '.join([flag, *result.flags[flag]])}")
+    result.environment = sort_environment(result.launch.environment, [each.key for each in asked])
     variables = result.environment.trainer
     if not variables:
         return

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miles.precision.layers import QuantisedLayers
+from miles.precision.megatron_names import ModulePattern
 from miles.precision.quantization_config import UnknownQuantisation, recipe_of
 from miles.precision.recipe import FormatName, Recipe
+from miles.precision.te_config import patterns_in
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -29,6 +31,11 @@ def training_recipe(config: JobConfig) -> Recipe | None:
 def rollout_recipe(config: JobConfig) -> Recipe | None:
     """By what the engines of a job are served; None for rollout_dtype alone."""
     return rollout_recipe_of(config.precision, model_config(config))
+
+
+def export_recipe(config: JobConfig) -> Recipe | None:
+    """By what exports in Hugging Face format are written; None for rollout_dtype alone."""
+    return rollout_recipe(config) if config.checkpoint.save_hf_format == "rollout" else None
 
 
 def training_recipe_of(settings: Settings, model: Mapping[str, Any]) -> Recipe | None:
@@ -66,9 +73,14 @@ def folder_recipe(model: Mapping[str, Any]) -> Recipe | None:
 
 def model_config(config: JobConfig) -> dict[str, Any]:
     """config.json of the job's model; empty when it cannot be read."""
+    return model_config_of(str(config.rollout.hf_checkpoint))
+
+
+def model_config_of(folder: str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder; empty when it cannot be read."""
     from miles.config.checks.json_file import read_json_object  # rules of the configuration import this module
 
-    return read_json_object(pathlib.Path(str(config.rollout.hf_checkpoint)) / "config.json")
+    return read_json_object(pathlib.Path(folder) / "config.json")
 
 
 def _recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) -> Recipe:
@@ -76,10 +88,16 @@ def _recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) ->
     folder = folder_recipe(model)
     if folder is not None and folder.format == chosen:
         return folder
+    return stated_recipe(chosen, settings, model)
+
+
+def stated_recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) -> Recipe:
+    """What settings say of a format, whatever the folder is in."""
     layers = QuantisedLayers(
         only=settings.int4_layers if chosen == "int4" else (),
         but=settings.extra_high_precision_layers_hf,
         high_layers=_high_layers(settings, int(model.get("num_hidden_layers") or 0)),
+        modules=module_patterns(settings),
     )
     return Recipe(
         format=chosen,
@@ -87,6 +105,17 @@ def _recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) ->
         group_size=settings.int4_group_size or DEFAULT_GROUP_SIZE,
         power_of_two_scales=settings.fp8_block_scales == "power_of_two",
     )
+
+
+def module_patterns(settings: Settings) -> tuple[ModulePattern, ...]:
+    """What settings keep out by Megatron's names of modules. Raises PrecisionFileError."""
+    found = tuple(ModulePattern(f"*{part}*", kept=True) for part in settings.extra_high_precision_layers_megatron)
+    if settings.te_precision_config_file is None:
+        return found
+    fp8, recipe = settings.fp8_format, settings.fp8_recipe
+    own = None if fp8 is None or recipe is None else (recipe, fp8)
+    fp4 = None if settings.fp4_format is None else settings.fp4_recipe or "nvfp4"
+    return found + patterns_in(settings.te_precision_config_file, own, fp4)
 
 
 def _high_layers(settings: Settings, layers: int) -> frozenset[int]:

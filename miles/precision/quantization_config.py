@@ -93,7 +93,7 @@ def _int4(stated: Mapping[str, Any]) -> Recipe:
             f"its compressed-tensors weights are {stated.get('format')} {wrong or ''} in {len(groups)} groups of "
             "modules; only one group of symmetric INT4 weights in pack-quantized form is known"
         )
-    layers = QuantisedLayers(ignored=_names(stated.get("ignore")))
+    layers = QuantisedLayers(ignored=_names(stated.get("ignore")), ignores_inside=False)
     return Recipe(format="int4", layers=layers, group_size=int(weights["group_size"]))
 
 

@@ -1,6 +1,9 @@
 """`miles convert`: weights between Hugging Face folders and torch_dist checkpoints, Megatron-LM's among them.
 
     miles convert hf-to-hf --hf-checkpoint MODEL --save MODEL2      a text model whose weights are not quantised
+    miles convert hf-to-fp8 --hf-checkpoint MODEL --save MODEL2     its matrices in blocks of FP8
+    miles convert hf-to-int4 --hf-checkpoint MODEL --save MODEL2    its experts in groups of INT4
+    miles convert verify --hf-checkpoint MODEL --quantised MODEL2   whether that is what MODEL becomes, bit for bit
     miles convert hf-to-dist --hf-checkpoint MODEL --save DIR       then --load DIR starts a job from it
     miles convert dist-to-hf --hf-checkpoint MODEL --load DIR --save MODEL2
 
@@ -14,15 +17,15 @@ import argparse
 import functools
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.published_form import why_not_plain
+from miles.config.checks.published_form import why_not_read
 from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.ownership.contents import names_in
+from miles.services.trainer.convert_folders import BETWEEN_FOLDERS, add_folder_conversions, convert_folder, verify
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -34,6 +37,8 @@ _SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if options.direction == "verify":
+        return verify(options)
     import torch.distributed as dist
 
     from miles.services.trainer.ranks.process_group import join
@@ -42,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require_empty(options.save)  # on every rank before the first one can write
         require_empty(_partial(options.save))
-        if options.direction != "hf-to-hf":
-            require_plain(options.hf_checkpoint)
+        if options.direction not in BETWEEN_FOLDERS:
+            require_readable(options.hf_checkpoint)
     except ValueError as error:
         print(f"miles convert: {error}", file=sys.stderr)
         return 1
-    if options.direction == "hf-to-hf":
-        return _hf_to_hf(options)
+    if options.direction in BETWEEN_FOLDERS:
+        return convert_folder(options, _partial(options.save))
     join(options.device, None, 30)
     try:
         if options.direction == "hf-to-dist":
@@ -60,23 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         dist.destroy_process_group()
-    return 0
-
-
-def _hf_to_hf(options: argparse.Namespace) -> int:
-    from miles.services.trainer.checkpoint.plain_model import write_plain_model
-    from miles.services.trainer.step import algorithm_options
-
-    partial = _partial(options.save)
-    try:
-        if not (options.hf_checkpoint / "config.json").is_file():
-            raise FileNotFoundError(f"no model in {options.hf_checkpoint}: there is no config.json")
-        write_plain_model(options.hf_checkpoint, partial, algorithm_options.DTYPES[options.dtype])
-        os.rename(partial, options.save)
-    except (OSError, ValueError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        print(f"miles convert: {error}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -158,11 +146,11 @@ def require_empty(directory: pathlib.Path) -> None:
         raise ValueError(f"{directory} exists already; give a folder that is empty or does not exist yet, or remove it")
 
 
-def require_plain(folder: pathlib.Path) -> None:
+def require_readable(folder: pathlib.Path) -> None:
     """Raise ValueError for a model that cannot be trained in the form in which it was published."""
-    problem = why_not_plain(read_json_object(folder / "config.json"))
+    problem = why_not_read(read_json_object(folder / "config.json"))
     if problem is not None:
-        raise ValueError(f"{folder} cannot be converted: {problem}; convert it with hf-to-hf first")
+        raise ValueError(f"{folder} cannot be converted: {problem}")
 
 
 def _partial(directory: pathlib.Path) -> pathlib.Path:
@@ -214,13 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miles convert", description="Weights of models in other forms.")
     directions = parser.add_subparsers(dest="direction", required=True)
     plain = directions.add_parser("hf-to-hf", help="text model of a folder, its weights not quantised, to another")
+    quantised = add_folder_conversions(directions)
     to_dist = directions.add_parser("hf-to-dist", help="Hugging Face folder to a checkpoint that `load` takes")
     to_hf = directions.add_parser("dist-to-hf", help="torch_dist checkpoint to a Hugging Face folder")
     to_hf.add_argument("--load", type=pathlib.Path, required=True, metavar="DIR", help="checkpoint, or folder of them")
     to_hf.add_argument(
         "--chat-template-path", type=pathlib.Path, metavar="FILE", help="chat template (default: that of the run)"
     )
-    for each in (plain, to_dist, to_hf):
+    for each in (plain, *quantised, to_dist, to_hf):
         each.add_argument(
             "--hf-checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="model, with config and tokenizer"
         )

@@ -119,6 +119,11 @@ class Job:
         return job
 
     @property
+    def warnings(self) -> Sequence[str]:
+        """What a person should know of the last training step."""
+        return self._leader.worker.warnings
+
+    @property
     def newest_checkpoint(self) -> pathlib.Path | None:
         """The newest complete checkpoint."""
         return self._checkpoints.newest

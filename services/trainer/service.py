@@ -8,7 +8,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -103,6 +103,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """See trainer.proto."""
         async with self._exclusive(f"training step {request.step}"):
             job = await self._held(request.job_id, context)
+            warnings: Sequence[str] = ()
             if request.step >= job.state.step:
                 await _check_train_request(job, request, context)
                 stream = ProgressStream(self._note_progress)
@@ -114,6 +115,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 if not taken:
                     yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_ABANDONED)
                     return
+                warnings = job.warnings
             metrics = job.state.metrics.get(request.step)
             if metrics is None:
                 await abort(
@@ -126,6 +128,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 metrics=metrics,
                 group_ids=request.group_ids,
                 checkpoint_dir=str(job.newest_checkpoint or ""),
+                warnings=warnings,
             )
             yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
 

@@ -274,6 +274,83 @@ def test_adapters_are_trained_beside_both_kinds_of_layers(tmp_path: pathlib.Path
     assert_trained_alike(tmp_path, "engine", "recomputed", tolerance=0.01)
 
 
+WIDE = {
+    "hidden_size": 640,
+    "intermediate_size": 1024,
+    "head_dim": 128,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.02,
+}
+"""Sizes whose matrices, also within those that Megatron-Core joins, are whole numbers of blocks."""
+FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise", "fp8_block_scales": "power_of_two"}
+
+
+def low_case(name: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
+    """A step of a wide model that leaves its log-probabilities behind."""
+    model = folder / "model"
+    is_moe = "num_experts" in json.loads((model / "config.json").read_text())
+    routing: dict[str, Any] = {"routing": True, **REPLAY} if is_moe else {}
+    file = str(folder / f"{name}-{{rollout_id}}-{{rank}}.pt")
+    return case(name, model, save_debug_train_data=file, **routing, **flags)
+
+
+def far(folder: pathlib.Path, *names: str) -> float:
+    """The mean difference of two cases' log-probabilities."""
+    files = (torch.load(folder / f"{name}-0-0.pt")["samples"] for name in names)
+    one, two = (torch.cat([sample["log_probs"] for sample in samples]) for samples in files)
+    return float((one - two).abs().mean())
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3-MoE"])
+def test_kernels_of_fp8_compute_as_emulation_does(tmp_path: pathlib.Path, family: str) -> None:
+    """Much closer to it than FP8 is to 16 bits; with recomputation to the bit. Weights are exported after a step."""
+    experts = {"moe_intermediate_size": 512} if family == "Qwen3-MoE" else {}
+    write_model(family, tmp_path / "model", **WIDE, **experts)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    kinds: dict[str, dict[str, Any]] = {
+        "kernels": {**FP8, "low_precision_impl": "transformer_engine"},
+        "emulated": {**FP8, "low_precision_impl": "emulated"},
+        "recomputed": {**FP8, **recompute},
+        "mostly": {**FP8, "first_last_layers_bf16": True, "extra_high_precision_layers_hf": ["self_attn"]},
+        "plain": {},
+    }
+    if experts:
+        kinds["single"] = {**FP8, "moe_grouped_gemm": False}
+    run_cases([low_case(name, tmp_path, **flags) for name, flags in kinds.items()], tmp_path, megatron=False)
+    rounding = far(tmp_path, "emulated", "plain")
+    print(family, rounding, {name: far(tmp_path, "emulated", name) for name in kinds})
+    assert far(tmp_path, "emulated", "kernels") < rounding / 2
+    assert far(tmp_path, "kernels", "recomputed") == 0
+    assert 0 < far(tmp_path, "mostly", "plain") < rounding
+    assert_trained_alike(tmp_path, "emulated", "kernels")
+    assert_trained_alike(tmp_path, "kernels", "recomputed", tolerance=0.01)
+    if experts:
+        assert far(tmp_path, "kernels", "single") < rounding / 2
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3-MoE"])
+def test_int4_weights_are_rounded_in_both_kinds_of_layers(tmp_path: pathlib.Path, family: str) -> None:
+    experts = {"moe_intermediate_size": 512} if family == "Qwen3-MoE" else {}
+    write_model(family, tmp_path / "model", **WIDE, **experts)
+    four_bits: dict[str, Any] = {"int4_qat": True, "int4_layers": ["."]}
+    kinds: dict[str, dict[str, Any]] = {
+        "engine": four_bits,
+        "local": {**four_bits, "transformer_impl": "local"},
+        "plain": {},
+    }
+    if experts:
+        kinds["single"] = {**four_bits, "moe_grouped_gemm": False}
+    run_cases([low_case(name, tmp_path, **flags) for name, flags in kinds.items()], tmp_path, megatron=False)
+    rounding = far(tmp_path, "engine", "plain")
+    print(family, rounding, {name: far(tmp_path, "engine", name) for name in kinds})
+    for name in kinds.keys() - {"engine", "plain"}:
+        assert far(tmp_path, "engine", name) < rounding / 5, name
+        assert_trained_alike(tmp_path, "engine", name)
+
+
 @needs_two
 @needs_engine
 @needs_deepep

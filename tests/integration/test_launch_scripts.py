@@ -18,6 +18,17 @@ from miles.migrate.shell_script import read_shell_script
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "launch_scripts"
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.sh"))
+FORMATS = {
+    "21-qwen3-4b-fp8": [
+        "fp8_format = e4m3: the trainer computes in FP8 (blocks of 128 x 128, scales in float32)",
+        "rollout_weight_format = auto: engines get FP8",
+    ],
+    "22-qwen3-30b-a3b-int4": [
+        "int4_qat = true: the trainer computes in INT4 (groups of 128)",
+        "rollout_weight_format = auto: engines get INT4",
+    ],
+}
+"""What a dry run says of scripts that train in few bits, by their flags and variables."""
 KEYS = {"WANDB_KEY": "0" * 40}
 
 
@@ -80,4 +91,5 @@ def test_what_is_printed_of_a_launch_script_passes_too(
     words = shlex.split(out.replace("\\\n", " "))
     assert words[:2] == ["python", "train.py"]
     assert " 0 not taken" in err
-    dry_run(words[2:], root, tmp_path / "run")
+    text = dry_run(words[2:], root, tmp_path / "run")
+    assert [line for line in FORMATS.get(name, []) if line not in text] == []

@@ -22,12 +22,14 @@ from sglang_kit import (
 )
 from torch_engine_models import END_TOKEN, prompt_of, save_checkpoint, weights_of
 
+from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.base import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.errors import ServerRefused
+from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.requests.payload import to_payload
 from miles.services.rollout.engines.sglang.server.probes import probe
-from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
+from miles.services.rollout.engines.sglang.server.served_model import served_quantisation, write_folder
+from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device, held_format
 from miles.services.rollout.engines.sglang.weights.files import write_files
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
 from miles.telemetry.tracing import spans_between
@@ -57,7 +59,10 @@ def models(folder: pathlib.Path) -> Models:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: pathlib.Path, models: Models) -> AsyncIterator[SglangEngine]:
-    async with running(options(folder / "0", folder / "logs")) as started:
+    """Started on a folder of FP8 weights, which are served as they were trained."""
+    stated = served_quantisation(Recipe(format="fp8_block"), {})
+    write_folder(folder / "stated", str(folder / "0"), stated)
+    async with running(options(folder / "stated", folder / "logs")) as started:
         assert started.version is None
         await started.load_weights(0, weights_of(models[0]))
         yield started
@@ -202,6 +207,21 @@ async def test_an_update_without_requests_is_three_calls(engine: SglangEngine, m
         assert [span.version for span in response.result.weight_versions] == [version]
         expected = reference_log_probs(models[version % 2], prompt_of(20, version), response.tokens)
         assert largest_difference(response, expected) < 1e-5
+
+
+async def test_a_server_starts_without_the_weights_of_a_folder_in_another_format(
+    engine: SglangEngine, folder: pathlib.Path
+) -> None:
+    model = engine.replicas[0].model
+    assert not model.has_weights
+    served = await engine.replicas[0].api.get("/server_info", 60.0)
+    assert (served["model_path"], served["load_format"]) == (model.folder, "dummy")
+    assert held_format((await checksum(engine.replicas[0].api, "all", 60.0)).names) is None
+    wrong = options(
+        *(folder / "stated", folder), addresses=(engine.replicas[0].api.address,), recipe=Recipe(format="fp8_block")
+    )
+    with pytest.raises(ServerUnstartable, match=r"holds weights in float32, and versions come in fp8_block"):
+        await SglangEngine(wrong).start()
 
 
 async def test_a_checksum_of_nothing_waits_for_the_device(engine: SglangEngine) -> None:

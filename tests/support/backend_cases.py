@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     each call; the JSON file has the bytes), save_at, save_in_background (until the next step was taken), save_hf,
     reward (of every sample), off_policy for samples of two versions, abandon_at: at which of rank 0's reports each
     step is left before it is taken, and on_gpus: settings of Megatron that only GPUs have, which CPU stand-ins imitate;
-    see `tests/integration/test_megatron_layouts.py`.
+    see `tests/integration/test_megatron_layouts.py`; and break: in which steps the gradient that comes back through
+    which module (part of its name) of rank 0 is NaN. The JSON file has the warnings of each step.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -46,7 +48,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     config = config.model_copy(update={"megatron": config.megatron.model_copy(update=case.get("on_gpus", {}))})
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
-    metrics, saving, moved = [], None, []
+    metrics, warnings, saving, moved = [], [], None, []
     ranks = Ranks()
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
@@ -65,7 +67,9 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         if "abandon_at" in case:
             leave(backend, ranks, step, handed, schedule, case["abandon_at"])
         swap(case, backend, moved)
-        metrics.append(dict(backend.train(step, handed, lambda progress: None, schedule=schedule)))
+        with breaking(backend, case.get("break", {}), step):
+            metrics.append(dict(backend.train(step, handed, lambda progress: None, schedule=schedule)))
+        warnings.append(list(backend.warnings))
         state.finish_step({})
         if saving is not None:
             saving.finish()
@@ -91,7 +95,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         swaps: dict[str, Any] = {"moved": moved, "moved_by_rank": by_rank, "parameters": parameter_names(backend)}
         swaps["base"] = None if backend.lora is None else backend.lora.base_checksum.hex()
         said = {"metrics": metrics, "layout": layout, "gathered": gathered, "total": sum(map(nbytes, weights.values()))}
-        (out / f"{name}.json").write_text(json.dumps(said | swaps))
+        (out / f"{name}.json").write_text(json.dumps(said | swaps | {"warnings": warnings}))
     backend.close()
 
 
@@ -100,6 +104,38 @@ def swap(case: dict[str, Any], backend: TrainerBackend, moved: list[int]) -> Non
     if case.get("swap"):
         moved.append(backend.release_memory().nbytes)
         assert backend.restore_memory().nbytes == moved[-1]
+
+
+@contextlib.contextmanager
+def breaking(backend: Any, where: dict[str, Any], step: int) -> Iterator[None]:
+    """In chosen steps, make NaN of the gradient that comes back through a module."""
+    if step not in where.get("steps", ()) or dist.get_rank() != 0:
+        yield
+        return
+    held = backend._loaded.roles.policy.model
+    models = held.bare_chunks if hasattr(held, "bare_chunks") else [held]
+    module = next(m for model in models for name, m in model.named_modules() if where["module"] in name)
+
+    def broken(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        return (Broken.apply(output[0]), *output[1:]) if isinstance(output, tuple) else Broken.apply(output)
+
+    handle = module.register_forward_hook(broken)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Broken(torch.autograd.Function):
+    """What it is given, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * float("nan")
 
 
 def hand_out(

@@ -18,6 +18,8 @@ from miles.services.trainer.backends.megatron.model.build_model import MegatronM
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
+from miles.weights.hf_folder.plain_tensors import PlainTensors
+from miles.weights.hf_folder.pretrained import read_model
 from miles.weights.naming.model_tensors import read_model_tensors, shared_by_mtp
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -47,7 +49,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
         logits = _logits(model, parallel, reference["tokens"].numpy())
     except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    source = {name: tensor.to(DTYPE).float() for name, tensor in PlainTensors(folder, torch.float32).items()}
     exporter = Exporter(model, read_model_tensors(folder), torch.float32)
     written = {name: tensor.cpu() for name, tensor in exporter.tensors()}
     shared = {name: written[str(shared_by_mtp(name))] for name in source.keys() - written.keys() if shared_by_mtp(name)}
@@ -58,10 +60,8 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
 
 def write_expected(folder: pathlib.Path) -> float:
     """Write what `compare` compares with, transformers' logits; returns the largest."""
-    from transformers import AutoModelForCausalLM
-
     tokens = torch.arange(3, 27) * 3 % VOCAB
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = read_model(folder, torch.float32, attn_implementation="eager")
     with torch.no_grad():
         logits = model(tokens[None]).logits[0]
     (folder / "expected").mkdir()

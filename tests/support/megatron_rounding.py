@@ -14,8 +14,8 @@ import torch.distributed as dist
 from backend_cases import exported, hand_out
 from trainer_cases import job_config, random_groups
 
-from miles.config import JobConfig
 from miles.precision.of_run import training_recipe
+from miles.precision.recipe import Recipe
 from miles.precision.tensors import QuantisedTensors, restored
 from miles.services.trainer.backends.megatron.precision.rounding import Rounding
 from miles.services.trainer.ranks.collective_calls import Ranks
@@ -25,39 +25,54 @@ from miles.services.trainer.ranks.worker import create_backend
 def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Train with layers that round, and with ones that hold rounded weights; rank 0 writes `NAME.json`.
 
-    A case has name, model, flags and routing as those of `backend_cases`. The file has "rounded": the exported weights
-    that layers change, "other": those of them, and of all others, that are not what engines make of the exported parts,
-    "metrics" of both steps, "gradients": their largest difference, and "gradient": the largest number in one.
+    A case has name, model, flags and routing as those of `backend_cases`. The file has "covered": the exported weights
+    that the recipe covers, "rounded": those that layers change, "other": those, and ones that it does not cover, that
+    are not what engines make of the exported parts, "metrics" of both steps, "gradients": their largest difference, and
+    "gradient": the largest number in one; or "refused": why the model was not built.
     """
     flags = {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0, "log_samples_per_step": 0, **case["flags"]}
     folder = pathlib.Path(case["model"])
     config = job_config(folder, actor_num_gpus_per_node=dist.get_world_size(), **flags)
     backend: Any = create_backend(config, out / case["name"], torch.device("cpu"))
-    backend.load()
+    try:
+        backend.load()
+    except ValueError as error:
+        backend.close()
+        write(case, out, {"refused": str(error)})
+        return
     held = exported(backend)
     metrics, gradients = train(backend, case)
     round_parameters(backend)
     served = exported(backend)
-    expected = as_engines_have(config, held)
+    recipe = training_recipe(config)
+    assert recipe is not None
+    expected = as_engines_have(recipe, held)
     other = [name for name, tensor in served.items() if not tensor.equal(expected[name])]
     unrounded, again = train(backend, case)
     said = {
+        "covered": sorted(name for name, tensor in held.items() if recipe.layers.cover(name, tensor.dim())),
         "other": other,
         "rounded": sorted(name for name, tensor in served.items() if not tensor.equal(held[name])),
         "metrics": [metrics, unrounded],
         "gradients": largest((a - b for a, b in zip(gradients, again, strict=True))),
         "gradient": largest(gradients),
     }
+    backend.close()
+    write(case, out, said)
+
+
+def write(case: dict[str, Any], out: pathlib.Path, said: dict[str, Any]) -> None:
+    """Rank 0 writes the case's file."""
     if dist.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(said))
-    backend.close()
 
 
 def train(backend: Any, case: dict[str, Any]) -> tuple[dict[str, float], list[torch.Tensor]]:
     """Metrics and gradients of a step that moves nothing."""
     routing = case.get("routing")
     handed, schedule = hand_out(backend, Ranks(), random_groups(0, routing=tuple(routing) if routing else None))
-    metrics = dict(backend.train(0, handed, lambda progress: None, schedule=schedule))
+    found = backend.train(0, handed, lambda progress: None, schedule=schedule)
+    metrics = {name: value for name, value in found.items() if name.startswith("train/")}
     return metrics, [part.clone() for part in backend._loaded.roles.policy.model.gradient_buffers()]
 
 
@@ -69,7 +84,7 @@ def largest(parts: Iterable[torch.Tensor]) -> float:
 
 
 def round_parameters(backend: Any) -> None:
-    """Put in the place of each parameter what its layer multiplies instead of it, and have layers round inputs alone."""
+    """Give each parameter the values that its layer multiplies, and have layers round inputs alone."""
     with torch.no_grad():
         for module in _layers(backend):
             for name, rounding in module.roundings.items():
@@ -88,10 +103,8 @@ class InputsAlone(Rounding):
         return weight_OI
 
 
-def as_engines_have(config: JobConfig, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_engines_have(recipe: Recipe, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What engines make of the exported parts."""
-    recipe = training_recipe(config)
-    assert recipe is not None
     quantised = QuantisedTensors(recipe)
     sent = {part: tensor for name, weight in held.items() for part, tensor in quantised.convert(name, weight)}
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}

@@ -4,8 +4,8 @@ import typing
 
 import pytest
 
+from miles.config.sections.precision import PrecisionConfig
 from miles.config.sections.rollout import RolloutConfig
-from miles.config.sections.weights import WeightsConfig
 from miles.engine_spec import ENGINE_SPECS, EngineName, engine_spec
 
 
@@ -18,11 +18,10 @@ def test_every_engine_that_a_job_can_name_is_described() -> None:
         assert spec.name == name
 
 
-def test_every_weight_format_is_known_and_the_default_one_suits_every_engine() -> None:
-    formats = WeightsConfig.model_fields["rollout_weight_format"]
-    known = set(typing.get_args(formats.annotation))
+def test_every_weight_format_is_known_and_every_engine_takes_weights_as_trained() -> None:
+    known = set(typing.get_args(PrecisionConfig.model_fields["rollout_weight_format"].annotation))
     for spec in ENGINE_SPECS.values():
-        assert formats.default in spec.weight_formats
+        assert "as_trained" in spec.weight_formats
         assert spec.weight_formats <= known
 
 

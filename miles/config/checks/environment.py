@@ -24,8 +24,11 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
+from miles.config.checks.precision import precision_faults
+from miles.config.checks.precision_variables import variable_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.served_precision import served_precision_faults
 from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
 from miles.config.eval_sets import READ as EVAL_READ
@@ -68,6 +71,11 @@ def environment_faults(settings: FlatSettings, assumed: Cluster | None = None) -
 def file_faults(settings: FlatSettings) -> list[Fault]:
     """Check files and functions only: what matters for a job on services that are already running."""
     return _run(_FILE_CHECKS, settings)
+
+
+def model_faults(settings: FlatSettings) -> list[Fault]:
+    """Check what config.json says of the model alone: whether trainer and engines of such settings can have it."""
+    return _run(_MODEL_CHECKS, settings)
 
 
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
@@ -318,15 +326,21 @@ def _devices(s: FlatSettings) -> Iterator[Fault]:
 
 
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
-_FILE_CHECKS: tuple[Rule, ...] = (
-    _models,
-    _adapter,
+_MODEL_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
     architecture_faults,
     dispatcher_faults,
     engine_faults,
+    precision_faults,
+    served_precision_faults,
+)
+_FILE_CHECKS: tuple[Rule, ...] = (
+    _models,
+    _adapter,
+    *_MODEL_CHECKS,
+    variable_faults,
     _server_groups,
     _data_files,
     _checkpoint_to_load,

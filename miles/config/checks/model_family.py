@@ -11,7 +11,7 @@ from typing import Any
 
 from miles.config.checks import known_models
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.published_form import why_not_plain
+from miles.config.checks.published_form import why_not_read
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -34,7 +34,7 @@ def family_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield a fault for each part that cannot take the model; nothing when its config.json cannot be read or names
     no type."""
     model = read_json_object(pathlib.Path(s.hf_checkpoint or "") / "config.json")
-    if not model.get("model_type") or why_not_plain(model) is not None:
+    if not model.get("model_type") or why_not_read(model) is not None:
         return
     if (fault := _unknown(s, model)) is not None:
         yield fault

@@ -1,6 +1,7 @@
-"""Checks whether a Hugging Face folder holds a text model whose weights are not quantised.
+"""Checks whether a Hugging Face folder holds a text model by itself, with weights in a form that is read.
 
-Many folders are published otherwise; `miles convert hf-to-hf` writes such a model from them.
+Weights in blocks of FP8 and groups of INT4 are read as they are. Text models inside of others are not;
+`miles convert hf-to-hf` writes them by themselves.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.sections.distillation import named
+from miles.precision.quantization_config import UnknownQuantisation, recipe_of
 
-FP8_BLOCKS: Mapping[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-"""What `quantization_config` says of the only quantised weights that can be converted."""
 _FOLDERS = ("hf_checkpoint", "ref_load", "critic_load")
 
 
@@ -28,18 +28,16 @@ def form_faults(s: FlatSettings) -> Iterator[Fault]:
             continue
         seen.add(folder)
         model = read_json_object(pathlib.Path(folder) / "config.json")
-        if (problem := why_not_plain(model)) is not None:
+        if (problem := why_not_read(model)) is not None:
             yield RunFault(key, folder, problem, _way_out(model, folder))
 
 
-def why_not_plain(model: Mapping[str, Any]) -> str | None:
+def why_not_read(model: Mapping[str, Any]) -> str | None:
     """What is wrong with the form of a model with this config.json; None when nothing is."""
-    quantised = model.get("quantization_config")
-    if isinstance(quantised, Mapping):
-        return (
-            f"its weights are quantised ({quantised.get('quant_method')}), and trainers and engines take them in "
-            "the type that they compute in"
-        )
+    try:
+        recipe_of(model)
+    except UnknownQuantisation as error:
+        return str(error)
     text = model.get("text_config")
     if isinstance(text, Mapping):
         return (
@@ -50,8 +48,9 @@ def why_not_plain(model: Mapping[str, Any]) -> str | None:
 
 
 def _way_out(model: Mapping[str, Any], folder: str) -> str:
-    quantised = model.get("quantization_config")
-    if isinstance(quantised, Mapping) and any(quantised.get(key) != value for key, value in FP8_BLOCKS.items()):
-        return "give a folder with weights in 16 or 32 bits"
+    try:
+        recipe_of(model)
+    except UnknownQuantisation:
+        return "give a folder with weights in 16 or 32 bits, in FP8 blocks of 128 x 128, or in INT4 groups"
     plain = pathlib.Path(folder).name + "-plain"
     return f"`miles convert hf-to-hf --hf-checkpoint {folder} --save {plain}` and give {plain}"

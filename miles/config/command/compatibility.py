@@ -24,6 +24,8 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
 """How the default differs, by key."""
 
 DIFFERENT_CHOICES: Mapping[str, str] = {
+    "fp8_recipe": "blockwise and mxfp8, whose scales engines have too",
+    "fp4_recipe": "nvfp4",
     "ft_components": "rollout and train, which change nothing",
     "attn_implementation": "auto, varlen, sdpa, flash_attention_2 and flash_attention_3",
     "train_backend": "auto besides",

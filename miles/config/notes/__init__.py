@@ -11,6 +11,7 @@ from miles.config.notes import effects as effects
 from miles.config.notes import evaluation as evaluation
 from miles.config.notes import extensions as extensions
 from miles.config.notes import megatron as megatron
+from miles.config.notes import precision as precision
 from miles.config.notes import staleness as staleness
 from miles.config.notes import statements as statements
 from miles.config.notes import trackers as trackers

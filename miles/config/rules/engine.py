@@ -11,8 +11,7 @@ from miles.config.schema.catalog import catalog
 from miles.config.schema.derivation import needed_staleness
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
-from miles.engine_spec import ENGINE_SPECS, engine_spec
-from miles.precision.of_run import training_format
+from miles.engine_spec import engine_spec
 
 
 @rule
@@ -88,24 +87,6 @@ def servers_take_part_in_broadcasts(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_rank:
         problem = f"with lora_rank = {s.lora_rank} the rollout service merges adapters, which such broadcasts go past"
         yield Fault("rollout_engine_weights", "distributed", problem, "set it to tensor")
-
-
-@rule
-def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterator[Fault]:
-    if s.rollout_weight_format in ("auto", "as_trained"):
-        key = "extra_high_precision_layers_hf"
-        if s.extra_high_precision_layers_hf and training_format(s) is None:
-            problem = f"rollout_weight_format = {s.rollout_weight_format} keeps every weight as it is"
-            yield Fault(key, s.extra_high_precision_layers_hf, problem, "set rollout_weight_format, or leave it out")
-        return
-    if s.rollout_weight_format not in engine_spec(s.rollout_backend).weight_formats:
-        problem = f"rollout_backend = {s.rollout_backend} takes weights in rollout_dtype alone"
-        able = [name for name, spec in ENGINE_SPECS.items() if s.rollout_weight_format in spec.weight_formats]
-        remedy = f"set rollout_backend to {' or '.join(able)}"
-        yield Fault("rollout_weight_format", s.rollout_weight_format, problem, remedy)
-    if s.lora_rank:
-        problem = f"lora_rank = {s.lora_rank} sends adapters, which are merged in rollout_dtype"
-        yield Fault("rollout_weight_format", s.rollout_weight_format, problem, "leave one of them out")
 
 
 @rule

@@ -26,6 +26,7 @@ SGLANG_ALONE = (
     "offload_rollout",
 )
 """Settings that only an engine of SGLang's servers has."""
+_TORCH_FORMATS = ("mxfp8", "nvfp4")
 _NOTHING = {"expert_tensor_parallel_size": 1}
 """Values that ask for nothing, of settings whose default is derived."""
 
@@ -46,6 +47,8 @@ def asks_of_trainer(s: FlatSettings) -> tuple[str, str] | None:
     for key in FSDP_ALONE:
         if _asks(s, key):
             return "fsdp", f"only fsdp has {key}"
+    if s.is_valid("low_precision_impl") and s.low_precision_impl == "transformer_engine":
+        return "megatron", "only Megatron's layers are TransformerEngine's"
     if _asks(s, "lora_rank"):
         return "fsdp", "fsdp trains adapters of every family"
     for key, entry in catalog().items():
@@ -63,8 +66,8 @@ def asks_of_engine(s: FlatSettings) -> tuple[str, str] | None:
         return "sglang", f"sglang_{next(iter(s.sglang_args))} is a flag of SGLang's"
     if _asks(s, "colocate") and not (s.is_valid("offload_rollout") and s.given("offload_rollout")):
         return "sglang", "only SGLang's servers free their GPUs, as colocate has them do"
-    if s.is_valid("rollout_weight_format") and s.rollout_weight_format not in ("auto", "as_trained"):
-        return "torch", "only torch takes rollout_weight_format"
+    if s.is_valid("rollout_weight_format") and s.rollout_weight_format in _TORCH_FORMATS:
+        return "torch", f"only torch has rollout_weight_format = {s.rollout_weight_format}"
     return None
 
 

@@ -11,6 +11,7 @@ from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.config.schema.other_values import take_other_names
+from miles.config.schema.precision_variables import not_given
 from miles.config.schema.teacher_functions import take_teacher_functions
 from miles.engine_spec import engine_spec
 from miles.extensions.names import FULLY_ASYNC_ROLLOUTS, MIS_FUNCTIONS
@@ -217,6 +218,13 @@ def _lengths(s: FlatSettings) -> list[Fault]:
     return []
 
 
+def _precision_variables(s: FlatSettings) -> list[Fault]:
+    """Variables of the trainer's ranks that choose a format are settings here, so that engines get it too."""
+    for asked in not_given(s, s.train_env_vars):
+        s.fill(asked.key, asked.value)
+    return []
+
+
 def _engine_name(s: FlatSettings) -> list[Fault]:
     """Where the machine is not known, what every machine has: `miles.config.backends` knows it."""
     if s.rollout_backend == "auto":
@@ -315,6 +323,7 @@ def _engine(s: FlatSettings) -> list[Fault]:
 
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     take_teacher_functions,
+    _precision_variables,
     _trainer_name,
     _engine_name,
     take_other_names,

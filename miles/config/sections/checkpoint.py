@@ -34,6 +34,9 @@ class CheckpointConfig(Section):
     save_hf: Annotated[str | None, Metavar("DIR")] = None
     """Folder in which each checkpoint is also exported in Hugging Face format; `{rollout_id}` stands for the step."""
 
+    save_hf_format: Literal["as_trained", "rollout"] = "as_trained"
+    """Weights of exports: in rollout_dtype (as_trained), or quantised as those of the engines are (rollout)."""
+
     ref_load: Annotated[str | None, Derived("hf_checkpoint, when a KL term needs it"), Metavar("DIR")] = None
     """Hugging Face folder of the reference model; or, with train_backend megatron, a torch_dist checkpoint, which also
     gives the policy its first weights."""

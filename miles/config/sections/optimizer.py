@@ -54,6 +54,10 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay."""
 
+    max_nonfinite_steps: NonNegative = 3
+    """Number of steps in a row that are skipped, with a warning that names parameters, because a gradient is NaN or
+    infinite; one more ends the run. Steps of float16 whose scaled loss overflows are not counted."""
+
     adam_beta1: Beta = 0.9
     """Decay rate of Adam's first moment."""
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+from pydantic import field_validator
+
+from miles.config.schema.faults import misspelt
 from miles.config.schema.section import Metavar, NonNegative, Positive, Section
+
+_NOT_WITH_ENGINES: Mapping[str, str] = {
+    "delayed": "its scales are of earlier steps, and engines have none of them",
+    "tensorwise": "its scales are of whole tensors, and engines take one for each block of 128 × 128",
+    "custom": "its scales are made by code of one's own, and engines have none of it",
+}
 
 
 class PrecisionConfig(Section):
@@ -17,8 +27,9 @@ class PrecisionConfig(Section):
     """Scales of fp8_format: one for each block of 128 × 128 of a weight and 1 × 128 of its inputs (blockwise), or one
     for 1 × 32 that is a power of two (mxfp8)."""
 
-    fp8_block_scales: Literal["float32", "power_of_two"] = "float32"
-    """Scales of blockwise FP8: any float32 number, or powers of two."""
+    fp8_block_scales: Literal["float32", "power_of_two"] | None = None
+    """Scales of blockwise FP8: any float32 number, or powers of two; not given is the checkpoint's, or float32 where it
+    has none."""
 
     fp4_format: Literal["e2m1"] | None = None
     """Train in FP4, under Megatron's name."""
@@ -49,6 +60,11 @@ class PrecisionConfig(Section):
     num_layers_at_end_in_bf16: NonNegative = 1
     """Number of last decoder layers that first_last_layers_bf16 keeps out."""
 
+    precision_metrics_interval: NonNegative = 0
+    """Number of rollouts from one to the next of which metrics tell, for each decoder layer, the largest magnitudes of
+    weights and inputs, scales, underflow, rounding errors, and the difference between the weights that trainer and
+    engines compute with; 0 is none."""
+
     rollout_weight_format: Literal["auto", "as_trained", "fp8_block", "int4", "mxfp8", "nvfp4"] = "auto"
     """Format in which weights are published and served: rollout_dtype (as_trained), FP8 with a scale per block of
     128 × 128 (fp8_block), packed INT4 (int4), or formats of coming GPUs (mxfp8, nvfp4; torch engine alone). auto is
@@ -56,3 +72,19 @@ class PrecisionConfig(Section):
 
     extra_high_precision_layers_hf: Annotated[tuple[str, ...], Metavar("PART")] = ()
     """Parts of the names of further weights that are kept out of the formats of trainer and engines."""
+
+    extra_high_precision_layers_megatron: Annotated[tuple[str, ...], Metavar("PART")] = ()
+    """The same by Megatron's names of modules, such as .shared_experts.linear_fc1, for any trainer and
+    engine."""
+
+    te_precision_config_file: Annotated[str | None, Metavar("FILE")] = None
+    """Megatron's YAML file of configs and matchers, or its content after `base64:`: modules that it keeps in high
+    precision are kept out of the formats of trainer and engines."""
+
+    @field_validator("fp8_recipe", mode="before")
+    @classmethod
+    def _say_why_not(cls, value: Any) -> Any:
+        """Name the reason for what Megatron-Core has besides."""
+        if (why := _NOT_WITH_ENGINES.get(str(value))) is not None:
+            raise misspelt(why, "set it to blockwise")
+        return value

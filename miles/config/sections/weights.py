@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.schema.section import Metavar, Positive, PositiveFloat, Section
+from miles.config.schema.section import Ignored, Metavar, Positive, PositiveFloat, Section
 
 
 class WeightsConfig(Section):
@@ -47,3 +47,9 @@ class WeightsConfig(Section):
 
     check_weight_update_equal: bool = False
     """After each update, compare the weights of every engine with those that the trainer sent."""
+
+    check_weight_update_allow_quant_error: Annotated[
+        bool | None,
+        Ignored("engines get the trainer's own quantised numbers, and what they hold is compared bit for bit"),
+    ] = None
+    """Accepted as scripts have it."""

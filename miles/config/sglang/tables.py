@@ -29,6 +29,7 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Flags that are taken, change no result, and go no further; with what is done instead."""
 
 _ALONE = "a server is on one host, and the rollout service places it"
+_OWN_FORMAT = ("a server would quantise weights by itself, and updates bring others", "set rollout_weight_format")
 _NO_SPLIT = "prefill and decoding are not split over servers here"
 
 REFUSED: Mapping[str, tuple[str, str]] = {
@@ -49,6 +50,9 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "config": "leave it out",
     }.items()
 } | {
+    "quantize_and_serve": _OWN_FORMAT,
+    "rl_quant_profile": _OWN_FORMAT,
+    "modelopt_quant": _OWN_FORMAT,
     "nnodes": (_ALONE, "set rollout_num_gpus to have more servers"),
     "node_rank": (_ALONE, "leave it out"),
     "dist_init_addr": (_ALONE, "leave it out"),

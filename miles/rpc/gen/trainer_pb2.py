@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from miles.rpc.gen import policy_pb2 as miles_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16miles/v1/trainer.proto\x12\x08miles.v1\x1a\x15miles/v1/policy.proto\"\x90\x01\n\x16TrainerStartJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x11\n\tredis_url\x18\x03 \x01(\t\x12\x1a\n\x12weightsync_address\x18\x04 \x01(\t\x12\x0f\n\x07run_dir\x18\x05 \x01(\t\x12\x11\n\tdata_json\x18\x06 \x01(\t\"O\n\x17TrainerStartJobResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12%\n\x05ready\x18\x02 \x01(\x0b\x32\x16.miles.v1.TrainerReady\"\xa4\x01\n\x0cTrainerReady\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x16\n\x0e\x63onsumed_below\x18\x02 \x01(\x04\x12\x1a\n\x12\x63onsumed_group_ids\x18\x03 \x03(\x04\x12\x16\n\x0e\x63heckpoint_dir\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x61ta_begins_at\x18\x05 \x01(\x04\x12\r\n\x05notes\x18\x06 \x03(\t\x12\x13\n\x0bloaded_step\x18\x07 \x01(\x04\"\'\n\x15TrainerStopJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x18\n\x16TrainerStopJobResponse\"o\n\x0cTrainRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x04\x12\x19\n\x11\x64ropped_group_ids\x18\x05 \x03(\x04\"\x8a\x01\n\rTrainResponse\x12#\n\x05phase\x18\x01 \x01(\x0e\x32\x14.miles.v1.TrainPhase\x12\x1a\n\x12micro_batches_done\x18\x02 \x01(\r\x12\x15\n\rmicro_batches\x18\x03 \x01(\r\x12!\n\x04\x64one\x18\x04 \x01(\x0b\x32\x13.miles.v1.TrainDone\"\xa7\x01\n\tTrainDone\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x31\n\x07metrics\x18\x02 \x03(\x0b\x32 .miles.v1.TrainDone.MetricsEntry\x12\x11\n\tgroup_ids\x18\x03 \x03(\x04\x12\x16\n\x0e\x63heckpoint_dir\x18\x04 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"2\n\x12\x41\x62\x61ndonStepRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\")\n\x13\x41\x62\x61ndonStepResponse\x12\x12\n\nabandoning\x18\x01 \x01(\x08\"X\n\rExportRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12&\n\x06stream\x18\x02 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12\x0f\n\x07version\x18\x03 \x01(\x04\"a\n\x0e\x45xportResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x65xport_s\x18\x03 \x01(\x01\"Q\n\x15SaveCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\texport_hf\x18\x02 \x01(\x08\x12\x15\n\rin_background\x18\x03 \x01(\x08\"^\n\x16SaveCheckpointResponse\x12\x16\n\x0e\x63heckpoint_dir\x18\x01 \x01(\t\x12\x0e\n\x06hf_dir\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06save_s\x18\x04 \x01(\x01\"<\n\x1bTrainerReleaseMemoryRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x08\"I\n\x1cTrainerReleaseMemoryResponse\x12\x16\n\x0ereleased_bytes\x18\x01 \x01(\x04\x12\x11\n\trelease_s\x18\x02 \x01(\x01\"\x19\n\x17TrainerGetStatusRequest\"q\n\x18TrainerGetStatusResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12#\n\x05phase\x18\x03 \x01(\x0e\x32\x14.miles.v1.TrainPhase\x12\x12\n\nworld_size\x18\x04 \x01(\r*\xcb\x01\n\nTrainPhase\x12\x1b\n\x17TRAIN_PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13TRAIN_PHASE_WAITING\x10\x01\x12\x19\n\x15TRAIN_PHASE_LOG_PROBS\x10\x02\x12 \n\x1cTRAIN_PHASE_FORWARD_BACKWARD\x10\x03\x12\x19\n\x15TRAIN_PHASE_OPTIMIZER\x10\x04\x12\x14\n\x10TRAIN_PHASE_DONE\x10\x05\x12\x19\n\x15TRAIN_PHASE_ABANDONED\x10\x06\x32\xff\x04\n\x0eTrainerService\x12Q\n\x08StartJob\x12 .miles.v1.TrainerStartJobRequest\x1a!.miles.v1.TrainerStartJobResponse0\x01\x12L\n\x07StopJob\x12\x1f.miles.v1.TrainerStopJobRequest\x1a .miles.v1.TrainerStopJobResponse\x12:\n\x05Train\x12\x16.miles.v1.TrainRequest\x1a\x17.miles.v1.TrainResponse0\x01\x12J\n\x0b\x41\x62\x61ndonStep\x12\x1c.miles.v1.AbandonStepRequest\x1a\x1d.miles.v1.AbandonStepResponse\x12;\n\x06\x45xport\x12\x17.miles.v1.ExportRequest\x1a\x18.miles.v1.ExportResponse\x12S\n\x0eSaveCheckpoint\x12\x1f.miles.v1.SaveCheckpointRequest\x1a .miles.v1.SaveCheckpointResponse\x12^\n\rReleaseMemory\x12%.miles.v1.TrainerReleaseMemoryRequest\x1a&.miles.v1.TrainerReleaseMemoryResponse\x12R\n\tGetStatus\x12!.miles.v1.TrainerGetStatusRequest\x1a\".miles.v1.TrainerGetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16miles/v1/trainer.proto\x12\x08miles.v1\x1a\x15miles/v1/policy.proto\"\x90\x01\n\x16TrainerStartJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x11\n\tredis_url\x18\x03 \x01(\t\x12\x1a\n\x12weightsync_address\x18\x04 \x01(\t\x12\x0f\n\x07run_dir\x18\x05 \x01(\t\x12\x11\n\tdata_json\x18\x06 \x01(\t\"O\n\x17TrainerStartJobResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12%\n\x05ready\x18\x02 \x01(\x0b\x32\x16.miles.v1.TrainerReady\"\xa4\x01\n\x0cTrainerReady\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x16\n\x0e\x63onsumed_below\x18\x02 \x01(\x04\x12\x1a\n\x12\x63onsumed_group_ids\x18\x03 \x03(\x04\x12\x16\n\x0e\x63heckpoint_dir\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x61ta_begins_at\x18\x05 \x01(\x04\x12\r\n\x05notes\x18\x06 \x03(\t\x12\x13\n\x0bloaded_step\x18\x07 \x01(\x04\"\'\n\x15TrainerStopJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x18\n\x16TrainerStopJobResponse\"o\n\x0cTrainRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x04\x12\x19\n\x11\x64ropped_group_ids\x18\x05 \x03(\x04\"\x8a\x01\n\rTrainResponse\x12#\n\x05phase\x18\x01 \x01(\x0e\x32\x14.miles.v1.TrainPhase\x12\x1a\n\x12micro_batches_done\x18\x02 \x01(\r\x12\x15\n\rmicro_batches\x18\x03 \x01(\r\x12!\n\x04\x64one\x18\x04 \x01(\x0b\x32\x13.miles.v1.TrainDone\"\xb9\x01\n\tTrainDone\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x31\n\x07metrics\x18\x02 \x03(\x0b\x32 .miles.v1.TrainDone.MetricsEntry\x12\x11\n\tgroup_ids\x18\x03 \x03(\x04\x12\x16\n\x0e\x63heckpoint_dir\x18\x04 \x01(\t\x12\x10\n\x08warnings\x18\x05 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"2\n\x12\x41\x62\x61ndonStepRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\")\n\x13\x41\x62\x61ndonStepResponse\x12\x12\n\nabandoning\x18\x01 \x01(\x08\"X\n\rExportRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12&\n\x06stream\x18\x02 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12\x0f\n\x07version\x18\x03 \x01(\x04\"a\n\x0e\x45xportResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x65xport_s\x18\x03 \x01(\x01\"Q\n\x15SaveCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\texport_hf\x18\x02 \x01(\x08\x12\x15\n\rin_background\x18\x03 \x01(\x08\"^\n\x16SaveCheckpointResponse\x12\x16\n\x0e\x63heckpoint_dir\x18\x01 \x01(\t\x12\x0e\n\x06hf_dir\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06save_s\x18\x04 \x01(\x01\"<\n\x1bTrainerReleaseMemoryRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x08\"I\n\x1cTrainerReleaseMemoryResponse\x12\x16\n\x0ereleased_bytes\x18\x01 \x01(\x04\x12\x11\n\trelease_s\x18\x02 \x01(\x01\"\x19\n\x17TrainerGetStatusRequest\"q\n\x18TrainerGetStatusResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12#\n\x05phase\x18\x03 \x01(\x0e\x32\x14.miles.v1.TrainPhase\x12\x12\n\nworld_size\x18\x04 \x01(\r*\xcb\x01\n\nTrainPhase\x12\x1b\n\x17TRAIN_PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13TRAIN_PHASE_WAITING\x10\x01\x12\x19\n\x15TRAIN_PHASE_LOG_PROBS\x10\x02\x12 \n\x1cTRAIN_PHASE_FORWARD_BACKWARD\x10\x03\x12\x19\n\x15TRAIN_PHASE_OPTIMIZER\x10\x04\x12\x14\n\x10TRAIN_PHASE_DONE\x10\x05\x12\x19\n\x15TRAIN_PHASE_ABANDONED\x10\x06\x32\xff\x04\n\x0eTrainerService\x12Q\n\x08StartJob\x12 .miles.v1.TrainerStartJobRequest\x1a!.miles.v1.TrainerStartJobResponse0\x01\x12L\n\x07StopJob\x12\x1f.miles.v1.TrainerStopJobRequest\x1a .miles.v1.TrainerStopJobResponse\x12:\n\x05Train\x12\x16.miles.v1.TrainRequest\x1a\x17.miles.v1.TrainResponse0\x01\x12J\n\x0b\x41\x62\x61ndonStep\x12\x1c.miles.v1.AbandonStepRequest\x1a\x1d.miles.v1.AbandonStepResponse\x12;\n\x06\x45xport\x12\x17.miles.v1.ExportRequest\x1a\x18.miles.v1.ExportResponse\x12S\n\x0eSaveCheckpoint\x12\x1f.miles.v1.SaveCheckpointRequest\x1a .miles.v1.SaveCheckpointResponse\x12^\n\rReleaseMemory\x12%.miles.v1.TrainerReleaseMemoryRequest\x1a&.miles.v1.TrainerReleaseMemoryResponse\x12R\n\tGetStatus\x12!.miles.v1.TrainerGetStatusRequest\x1a\".miles.v1.TrainerGetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRAINDONE_METRICSENTRY']._loaded_options = None
   _globals['_TRAINDONE_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_TRAINPHASE']._serialized_start=1688
-  _globals['_TRAINPHASE']._serialized_end=1891
+  _globals['_TRAINPHASE']._serialized_start=1706
+  _globals['_TRAINPHASE']._serialized_end=1909
   _globals['_TRAINERSTARTJOBREQUEST']._serialized_start=60
   _globals['_TRAINERSTARTJOBREQUEST']._serialized_end=204
   _globals['_TRAINERSTARTJOBRESPONSE']._serialized_start=206
@@ -51,29 +51,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAINRESPONSE']._serialized_start=635
   _globals['_TRAINRESPONSE']._serialized_end=773
   _globals['_TRAINDONE']._serialized_start=776
-  _globals['_TRAINDONE']._serialized_end=943
-  _globals['_TRAINDONE_METRICSENTRY']._serialized_start=897
-  _globals['_TRAINDONE_METRICSENTRY']._serialized_end=943
-  _globals['_ABANDONSTEPREQUEST']._serialized_start=945
-  _globals['_ABANDONSTEPREQUEST']._serialized_end=995
-  _globals['_ABANDONSTEPRESPONSE']._serialized_start=997
-  _globals['_ABANDONSTEPRESPONSE']._serialized_end=1038
-  _globals['_EXPORTREQUEST']._serialized_start=1040
-  _globals['_EXPORTREQUEST']._serialized_end=1128
-  _globals['_EXPORTRESPONSE']._serialized_start=1130
-  _globals['_EXPORTRESPONSE']._serialized_end=1227
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=1229
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=1310
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=1312
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=1406
-  _globals['_TRAINERRELEASEMEMORYREQUEST']._serialized_start=1408
-  _globals['_TRAINERRELEASEMEMORYREQUEST']._serialized_end=1468
-  _globals['_TRAINERRELEASEMEMORYRESPONSE']._serialized_start=1470
-  _globals['_TRAINERRELEASEMEMORYRESPONSE']._serialized_end=1543
-  _globals['_TRAINERGETSTATUSREQUEST']._serialized_start=1545
-  _globals['_TRAINERGETSTATUSREQUEST']._serialized_end=1570
-  _globals['_TRAINERGETSTATUSRESPONSE']._serialized_start=1572
-  _globals['_TRAINERGETSTATUSRESPONSE']._serialized_end=1685
-  _globals['_TRAINERSERVICE']._serialized_start=1894
-  _globals['_TRAINERSERVICE']._serialized_end=2533
+  _globals['_TRAINDONE']._serialized_end=961
+  _globals['_TRAINDONE_METRICSENTRY']._serialized_start=915
+  _globals['_TRAINDONE_METRICSENTRY']._serialized_end=961
+  _globals['_ABANDONSTEPREQUEST']._serialized_start=963
+  _globals['_ABANDONSTEPREQUEST']._serialized_end=1013
+  _globals['_ABANDONSTEPRESPONSE']._serialized_start=1015
+  _globals['_ABANDONSTEPRESPONSE']._serialized_end=1056
+  _globals['_EXPORTREQUEST']._serialized_start=1058
+  _globals['_EXPORTREQUEST']._serialized_end=1146
+  _globals['_EXPORTRESPONSE']._serialized_start=1148
+  _globals['_EXPORTRESPONSE']._serialized_end=1245
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=1247
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=1328
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=1330
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=1424
+  _globals['_TRAINERRELEASEMEMORYREQUEST']._serialized_start=1426
+  _globals['_TRAINERRELEASEMEMORYREQUEST']._serialized_end=1486
+  _globals['_TRAINERRELEASEMEMORYRESPONSE']._serialized_start=1488
+  _globals['_TRAINERRELEASEMEMORYRESPONSE']._serialized_end=1561
+  _globals['_TRAINERGETSTATUSREQUEST']._serialized_start=1563
+  _globals['_TRAINERGETSTATUSREQUEST']._serialized_end=1588
+  _globals['_TRAINERGETSTATUSRESPONSE']._serialized_start=1590
+  _globals['_TRAINERGETSTATUSRESPONSE']._serialized_end=1703
+  _globals['_TRAINERSERVICE']._serialized_start=1912
+  _globals['_TRAINERSERVICE']._serialized_end=2551
 # @@protoc_insertion_point(module_scope)

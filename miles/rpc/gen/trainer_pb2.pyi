@@ -325,6 +325,7 @@ class TrainDone(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step that was taken, from 0."""
     checkpoint_dir: _builtins.str
@@ -337,6 +338,10 @@ class TrainDone(_message.Message):
     def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Groups trained on."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know of the step; empty when it was taken before."""
+
     def __init__(
         self,
         *,
@@ -344,10 +349,11 @@ class TrainDone(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         group_ids: _abc.Iterable[_builtins.int] | None = ...,
         checkpoint_dir: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "group_ids", b"group_ids", "metrics", b"metrics", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "group_ids", b"group_ids", "metrics", b"metrics", "step", b"step", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from miles.weights.hf_folder.model_config import read_model_config
 from miles.weights.naming.conversion import Conversion, Shapes
 from miles.weights.naming.rules import conversion_of
 
@@ -46,13 +47,13 @@ def read_model_tensors(folder: str | pathlib.Path) -> ModelTensors:
     Raises FileNotFoundError for a folder without config.json, and OSError or ValueError when transformers has no such
     model of the folder's type, or cannot save it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if not (pathlib.Path(folder) / "config.json").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = read_model_config(folder)
     build: Any = AutoModelForCausalLM.from_config
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = build(config)

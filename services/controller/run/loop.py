@@ -73,6 +73,8 @@ class RunLoop:
         with span("train call"), run.clock.during("train"), run.activities.during(self._trainer.worker_id, "train"):
             done = await train_unless_ended(self._trainer, batch, run.step, run.controls, run.status)
         run.checkpoints.note(done.checkpoint_dir)
+        for warning in done.warnings:
+            run.alerts.report(f"step {run.step}: {warning}")
         trained = time.monotonic()
         admission.finish_step(batch)
         step = run.step

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
 import functools
 import gc
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
 from miles.ownership.export import ExportFolder
+from miles.precision.recipe import Recipe
 from miles.services.trainer.backends.determinism import choose_determinism
 from miles.services.trainer.backends.parking import Held, Moved, Parking, free_cached
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
@@ -29,6 +31,7 @@ from miles.services.trainer.checkpoint.record import CheckpointRecord, read_reco
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.step.gradient_norms import save_and_compare
+from miles.services.trainer.step.precision_metrics import Inputs, PrecisionMetrics
 from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.roles import Roles
 from miles.services.trainer.step.sample_log import SampleLog
@@ -77,6 +80,9 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """Checkpoint that `load` read; None for the initial weights."""
         self.notes: list[str] = []
         """What a person should know of how `load` went."""
+        self._precision = PrecisionMetrics(config)
+        self.warnings: Sequence[str] = ()
+        """What a person should know of how the last `train` went; the same on every rank."""
 
     def load(self) -> TrainerState:
         """Build everything, and read a checkpoint if there is one.
@@ -110,7 +116,12 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """See `TrainerBackend.train`."""
         record = functools.partial(self._record_samples, step) if self._log.groups else None
         trainer = self._loaded.trainer
-        metrics = trainer.train(step, groups, report, record, abandonment, schedule)
+        observed = self._precision.due(step)
+        with self._precision.observing(self._input_modules) if observed else contextlib.nullcontext():
+            metrics = trainer.train(step, groups, report, record, abandonment, schedule)
+        if observed:
+            metrics |= self._precision.metrics(self._exported_types(self._export()))
+        self.warnings = tuple(trainer.warnings)
         if dist.get_rank() == 0:  # nothing follows that other ranks would wait in
             save_and_compare(self._config.debug, step, trainer.gradient_norms)
         return metrics
@@ -145,7 +156,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             return self._begin_save(directory, self._record_of(copy.deepcopy(state)))
 
     def save_hf(self, directory: pathlib.Path) -> None:
-        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
+        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype, or the engines' format."""
         run_dir, pattern = pathlib.Path(self._config.services.run_dir), self._config.checkpoint.save_hf
         replace_export(ExportFolder(directory, run_dir, pattern), self._write_hf)
 
@@ -171,6 +182,14 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     @abc.abstractmethod
     def _build(self) -> PartsT:
         """Build the models and load their initial weights."""
+
+    @abc.abstractmethod
+    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """See `TrainerBackend.export_layout`."""
+
+    @abc.abstractmethod
+    def _input_modules(self, recipe: Recipe) -> Inputs:
+        """The modules of the policy whose inputs are multiplied by matrices that a recipe covers."""
 
     @abc.abstractmethod
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,6 +235,11 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             self._loaded.roles.old_policies.publish()
         if self._config.cluster.colocate:
             free_cached(self._device)  # a version that engines share would keep the large blocks it was put into
+
+    def _exported_types(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of an export in the types of its layout, which some still have to be converted to."""
+        for (name, tensor), (_, dtype, _) in zip(tensors, self.export_layout(), strict=True):
+            yield name, tensor.to(dtype)
 
     def _fitting_record(self, directory: pathlib.Path) -> CheckpointRecord:
         record = read_record(directory)

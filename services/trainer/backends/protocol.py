@@ -27,6 +27,8 @@ class TrainerBackend(Protocol):
     """Checkpoint that `load` read; None for the initial weights."""
     notes: list[str]
     """What a person should know of how `load` went."""
+    warnings: Sequence[str]
+    """What a person should know of how the last `train` went; the same on every rank."""
 
     def load(self) -> TrainerState:
         """Build the model and optimizer; load the newest checkpoint, or the initial weights (an empty state)."""

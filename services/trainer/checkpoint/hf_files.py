@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 from miles.ownership import owner_file
+from miles.precision.recipe import Recipe
 from miles.services.trainer.checkpoint.errors import cause_of
+from miles.services.trainer.checkpoint.quantised_files import QuantisingWriter, refuse_unfit
+from miles.services.trainer.checkpoint.shard_writer import SHARD_BYTES, ShardWriter
+from miles.weights.hf_folder.plain_tensors import PlainTensors
 from miles.weights.naming.model_tensors import ModelTensors, shared_by_mtp
 
-SHARD_BYTES = 5 * 10**9
-"""Bytes of weights per file."""
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json"),
     *(".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot"),
@@ -32,18 +34,20 @@ def write_hf_checkpoint(
     tensors: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     *,
+    recipe: Recipe | None = None,
     chat_template: pathlib.Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `tensors` beside copies of `source`'s config and tokenizer to a new folder; collective, rank 0 writes.
 
     `tensors` are those of `model`, which `source` holds too, in the checkpoint form and of weights in `dtype`. What
-    `source` has beyond them, e.g. MTP layers that the trainer left out, is copied in that type. `chat_template`, a
-    Jinja file, takes the place of the source's.
+    `source` has beyond them, e.g. MTP layers that the trainer left out, is copied in that type. With a `recipe` the
+    matrices that it covers are quantised from `dtype`, those copied too, unless `source` holds them by the same one.
+    `chat_template`, a Jinja file, takes the place of the source's.
 
     Raises OSError on every rank when rank 0 could not write.
     """
-    writing = _Writing(directory, source, model, dtype, shard_bytes) if dist.get_rank() == 0 else None
+    writing = _Writing(directory, source, model, dtype, recipe, shard_bytes) if dist.get_rank() == 0 else None
     if writing is not None:
         writing.attempt(lambda: writing.copy_files(chat_template))
     for name, tensor in tensors:  # gathering is collective, so it goes on when rank 0 has failed
@@ -66,14 +70,22 @@ class _Writing:
         source: pathlib.Path,
         model: ModelTensors,
         dtype: torch.dtype,
+        recipe: Recipe | None,
         shard_bytes: int,
     ) -> None:
         self._directory = directory
         self._source = source
         self._model = model
         self._dtype = dtype
+        self._recipe = recipe
+        self._shapes = {**model.conversion.checkpoint_shapes(model.module), **model.mtp}
         self._copies: dict[str, list[str]] = {}
-        self._writer = ShardWriter(directory, shard_bytes)
+        self._added: set[str] = set()
+        self._writer = (
+            ShardWriter(directory, shard_bytes)
+            if recipe is None
+            else QuantisingWriter(directory, recipe, self._shapes, shard_bytes)
+        )
         self.error: Exception | None = None
 
     def attempt(self, write: Callable[[], None]) -> None:
@@ -86,72 +98,39 @@ class _Writing:
 
     def copy_files(self, chat_template: pathlib.Path | None) -> None:
         """Copy everything that is no weight, and set what training has set."""
+        if self._recipe is not None:
+            refuse_unfit(self._recipe, self._shapes)
         self._copies = _copies(self._source, self._model)
         self._directory.mkdir(parents=True, exist_ok=True)
         copy_other_files(self._source, self._directory)
         set_dtype(self._directory / "config.json", self._dtype)
+        state_plain_weights(self._directory / "config.json")
         if chat_template is not None:
             set_chat_template(self._directory, chat_template)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor, under each of its names."""
-        self._writer.add(name, tensor)
-        for copy in self._copies.get(name, ()):
-            self._writer.add(copy, tensor)
+        for each in (name, *self._copies.get(name, ())):
+            self._added.add(each)
+            self._writer.add(each, tensor)
 
     def finish(self) -> None:
         """Write what the source has beyond the tensors, and name the files."""
-        for name, tensor in _kept(self._source, {*self._writer.names, *self._model.module, *self._model.aliases}):
-            self._writer.add(name, tensor.to(self._model.exported_dtype(name, tensor.dtype, self._dtype)))
+        known = {*self._added, *self._model.module, *self._model.aliases}
+        stored = PlainTensors(self._source, self._dtype)
+        for name in stored:
+            if name in known:  # written, or the model's under another name
+                continue
+            if (
+                isinstance(self._writer, QuantisingWriter)
+                and stored.recipe == self._recipe
+                and stored.is_quantised(name)
+            ):
+                self._writer.add_parts(name, stored.parts(name))
+            else:
+                tensor = stored[name]
+                self._writer.add(name, tensor.to(self._model.exported_dtype(name, tensor.dtype, self._dtype)))
         self._writer.finish()
-
-
-class ShardWriter:
-    """Writes tensors, as they come, to a folder's safetensors files and their index."""
-
-    def __init__(self, directory: pathlib.Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._directory = directory
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._files: list[list[str]] = []
-        self._total = 0
-
-    @property
-    def names(self) -> set[str]:
-        """Names of everything added so far."""
-        return {name for names in self._files for name in names} | set(self._pending)
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, with the next file that is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._shard_bytes:
-            self._write()
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += size
-        self._total += size
-
-    def finish(self) -> None:
-        """Write what is left, and give the files their names."""
-        self._write()
-        count = len(self._files)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            names = ["model.safetensors"]
-        weight_map: dict[str, str] = {}
-        for i, (file, tensors) in enumerate(zip(names, self._files, strict=True)):
-            (self._directory / f"part-{i}").rename(self._directory / file)
-            weight_map |= dict.fromkeys(tensors, file)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            (self._directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self._pending, self._directory / f"part-{len(self._files)}", metadata={"format": "pt"})
-        self._files.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
 
 
 def set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
@@ -167,6 +146,13 @@ def set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
     if "torch_dtype" not in config:
         config["dtype"] = name
     path.write_text(json.dumps(config, indent=2))
+
+
+def state_plain_weights(path: pathlib.Path) -> None:
+    """Say in a config.json that weights are not quantised."""
+    config = json.loads(path.read_text())
+    if config.pop("quantization_config", None) is not None:
+        path.write_text(json.dumps(config, indent=2))
 
 
 def set_chat_template(folder: pathlib.Path, template: pathlib.Path) -> None:
@@ -203,27 +189,8 @@ def _copy_code(source: pathlib.Path, target: pathlib.Path) -> None:
 def _copies(source: pathlib.Path, model: ModelTensors) -> dict[str, list[str]]:
     """By name, other names of the same tensor in the source."""
     found: dict[str, list[str]] = {}
-    for name in _names(source):
+    for name in PlainTensors(source, torch.float32):
         original = shared_by_mtp(name)
         if original is not None:
             found.setdefault(model.aliases.get(original, original), []).append(name)
     return found
-
-
-def _names(source: pathlib.Path) -> Iterable[str]:
-    from safetensors import safe_open
-
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()
-
-
-def _kept(source: pathlib.Path, known: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    """Tensors of the source's files beyond those known: written, or the model's under other names."""
-    from safetensors import safe_open
-
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name not in known:
-                    yield name, file.get_tensor(name)

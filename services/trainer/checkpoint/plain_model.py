@@ -1,8 +1,7 @@
 """The text model of a Hugging Face folder as a folder of its own, with weights that are not quantised.
 
-The folders of DeepSeek-V3 and MiniMax-M2 are published with FP8 weights, and those of Gemma 3, Gemma 3n and Llama 4
-have their text model inside of one that sees or hears. Trainers and engines take the weights of a text model in a type
-that they compute in.
+The folders of Gemma 3, Gemma 3n and Llama 4 have their text model inside of one that sees or hears. Quantised folders
+are read as they are, so that this is of use for them only to look at their weights, or for other programs.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from typing import Any
 import torch
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.published_form import FP8_BLOCKS
-from miles.precision.fp8_block import SCALE_SUFFIX, VALUES, Fp8Block
-from miles.services.trainer.checkpoint.hf_files import ShardWriter, copy_other_files, set_dtype
-from miles.weights.base import WeightsRefused
+from miles.services.trainer.checkpoint.hf_files import copy_other_files, set_dtype
+from miles.services.trainer.checkpoint.shard_writer import ShardWriter
+from miles.weights.hf_folder.plain_tensors import PlainTensors
 from miles.weights.naming.conversion import Shapes
 from miles.weights.naming.model_tensors import read_model_tensors
 from miles.weights.naming.published import misfits, refuse
@@ -31,30 +29,30 @@ _PART = "language_model"
 def write_plain_model(source: pathlib.Path, directory: pathlib.Path, dtype: torch.dtype) -> None:
     """Write the text model of `source` to a new folder, a tensor at a time; what was quantised is in `dtype` then.
 
-    Raises ValueError for weights that are quantised otherwise than in blocks of FP8, for a text model that transformers
-    does not know, and for a folder that lacks some of its tensors.
+    Raises ValueError for weights that are quantised in an unknown way, for a text model that transformers does not
+    know, and for a folder that lacks some of its tensors.
     """
-    config = plain_config(read_json_object(source / "config.json"))
-    directory.mkdir(parents=True)
-    copy_other_files(source, directory)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    set_dtype(directory / "config.json", dtype)
+    start_folder(source, directory, dtype)
     writer, written = ShardWriter(directory), {}
     for name, tensor in plain_tensors(source, dtype):
         writer.add(name, tensor)
         written[name] = tuple(tensor.shape)
     writer.finish()
-    _check(directory, written)
+    model = read_model_tensors(directory)
+    refuse_missing(model.conversion.checkpoint_shapes(model.module), written, model.model_type)
+
+
+def start_folder(source: pathlib.Path, directory: pathlib.Path, dtype: torch.dtype) -> None:
+    """Make a folder with all of the text model's but its weights, which config.json says are plain and in `dtype`."""
+    config = plain_config(read_json_object(source / "config.json"))
+    directory.mkdir(parents=True)
+    copy_other_files(source, directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    set_dtype(directory / "config.json", dtype)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the text model in a folder with this one. Raises ValueError; see `write_plain_model`."""
-    quantised = config.get("quantization_config")
-    if quantised is not None and any(quantised.get(key) != value for key, value in FP8_BLOCKS.items()):
-        raise ValueError(
-            f"its weights are quantised by {quantised.get('quant_method')}, from which this cannot convert; give a "
-            "folder with weights in 16 or 32 bits"
-        )
     text = config.get("text_config")
     outer = {key: config[key] for key in _OUTER if config.get(key) is not None}
     plain = dict(config) if text is None else {**outer, **text, "architectures": [_architecture(text)]}
@@ -76,22 +74,12 @@ def plain_tensors(source: pathlib.Path, dtype: torch.dtype) -> Iterator[tuple[st
 
     Holds one at a time. Raises WeightsRefused for FP8 values without scales and the like.
     """
-    from safetensors import safe_open
-
-    files: list[Any] = [safe_open(path, framework="pt") for path in sorted(source.glob("*.safetensors"))]
-    places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
-    wrapped = any(_PART in name.split(".") for name in places)
-    for name, file in places.items():
+    stored = PlainTensors(source, dtype)
+    wrapped = any(_PART in name.split(".") for name in stored)
+    for name in stored:
         plain = _text_name(name) if wrapped else name
-        if plain is None or name.endswith(SCALE_SUFFIX):
-            continue
-        tensor, scales = file.get_tensor(name), name + SCALE_SUFFIX
-        if tensor.dtype == VALUES:
-            if scales not in places:
-                raise WeightsRefused(f"{name} has FP8 values, and there are no scales {scales}")
-            parts = {"": tensor, SCALE_SUFFIX: places[scales].get_tensor(scales)}
-            tensor = Fp8Block().dequantise(parts, dtype)
-        yield plain, tensor
+        if plain is not None:
+            yield plain, stored[name]
 
 
 def _text_name(name: str) -> str | None:
@@ -103,9 +91,7 @@ def _text_name(name: str) -> str | None:
     return ".".join(parts)
 
 
-def _check(directory: pathlib.Path, written: Shapes) -> None:
-    """Raise WeightsRefused unless all tensors of the folder's model were written, each in its shape."""
-    model = read_model_tensors(directory)
-    expected = model.conversion.checkpoint_shapes(model.module)
+def refuse_missing(expected: Shapes, written: Shapes, model_type: str) -> None:
+    """Raise WeightsRefused unless all tensors of a model were written, each in its shape."""
     found = {name: written[name] for name in expected if name in written}
-    refuse(misfits(expected, found), str(model.model_type))
+    refuse(misfits(expected, found), model_type)

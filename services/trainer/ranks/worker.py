@@ -56,6 +56,8 @@ class RankWorker:
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that the job was loaded from; None for the initial weights."""
         self.notes: Sequence[str] = ()
+        self.warnings: Sequence[str] = ()
+        """What a person should know of the last training step."""
         """What a person should know of how the job was loaded."""
         self._restored_s = 0.0
         """Time that moving memory back to the device has taken since the last step, in seconds."""
@@ -129,6 +131,7 @@ class RankWorker:
             if self._restored_s:
                 metrics = {**metrics, "perf/onload_train_time": self._restored_s}
             self._restored_s = 0.0
+            self.warnings = backend.warnings
             return metrics
         return None
 

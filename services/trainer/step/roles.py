@@ -22,6 +22,7 @@ from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.token_sets import TokenSetRequest
@@ -75,8 +76,8 @@ class Learner(abc.ABC, Generic[OutputT]):
         """
 
     @abc.abstractmethod
-    def step(self) -> float:
-        """Clip, step and clear the gradients; returns their norm before clipping."""
+    def step(self) -> StepOutcome:
+        """Clip, step and clear the gradients; one that is not finite leaves everything but the count as it was."""
 
     @abc.abstractmethod
     def discard_gradients(self) -> None:

@@ -24,6 +24,7 @@ from miles.services.trainer.checkpoint.random_state import random_state, set_ran
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
+from miles.services.trainer.step.finite_gradient import SkippedSteps, StepOutcome
 from miles.services.trainer.step.gradient_norms import GradientNorm
 from miles.services.trainer.step.loss_denominator import untrained_counts
 from miles.services.trainer.step.micro_batch_losses import StepLosses
@@ -67,7 +68,11 @@ class RolloutTrainer(abc.ABC):
         self._preparation = Preparation(config, roles, data_ranks, device)
         self._losses = StepLosses(config, device)
         self.gradient_norms: list[GradientNorm] = []
-        """Of the last rollout's optimizer steps; the same on every rank."""
+        """Of the last rollout's optimizer steps that were taken; the same on every rank."""
+        allowed = config.optimizer.max_nonfinite_steps
+        self._skipped = {"": SkippedSteps("policy", allowed), "critic_": SkippedSteps("critic", allowed)}
+        self.warnings: list[str] = []
+        """What a person should know of the last rollout's training."""
 
     @abc.abstractmethod
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
@@ -134,6 +139,7 @@ class RolloutTrainer(abc.ABC):
         abandonment: Abandonment,
     ) -> dict[str, float]:
         began = time.monotonic()
+        self.warnings = []
         rewards_N = self._preparation.shaped_rewards(batch.samples)
         self.begin(batch)
         tokens = self._preparation.prepare(number, batch, rewards_N, report, abandonment)
@@ -175,7 +181,7 @@ class RolloutTrainer(abc.ABC):
     ) -> dict[str, float]:
         """Metrics of all optimizer steps, the same on every rank."""
         parts = [tokens.metrics]
-        norms: dict[str, list[float]] = {training.prefix: [] for training in passes}
+        outcomes: dict[str, list[StepOutcome]] = {training.prefix: [] for training in passes}
         count = len(batch.micro_batches) * len(passes)
         done = 0
         per_token = self._config.algorithm.calculate_per_token_loss
@@ -193,21 +199,28 @@ class RolloutTrainer(abc.ABC):
                     parts.append(untrained_counts(own, step, per_token=per_token))
                 done += len(step.all_micro_batches)
                 report(Progress("optimizer", done, count))
-                if not any(norms.values()):
+                if not any(outcomes.values()):
                     abandonment.commit()
                     if self.roles.old_policies is not None:
                         self.roles.old_policies.keep(number)
-                norms[training.prefix].append(training.learner.step())
+                outcome = training.learner.step()
+                outcomes[training.prefix].append(outcome)
+                if (words := self._skipped[training.prefix].note(outcome)) is not None:
+                    self.warnings.append(words)
         metrics = self.reduce(parts)
         self.gradient_norms = [
-            GradientNorm("critic" if prefix else "actor", step, value)
-            for prefix, values in norms.items()
-            for step, value in enumerate(values)
+            GradientNorm("critic" if prefix else "actor", step, outcome.norm)
+            for prefix, steps in outcomes.items()
+            for step, outcome in enumerate(steps)
+            if not outcome.skipped
         ]
         for training in passes:
             training.learner.sync_weights()
             if self._config.train.reset_optimizer_states:
                 training.learner.reset_optimizer()
-            metrics[f"train/{training.prefix}grad_norm"] = sum(norms[training.prefix]) / len(norms[training.prefix])
+            steps = outcomes[training.prefix]
+            if taken := [outcome.norm for outcome in steps if not outcome.skipped]:
+                metrics[f"train/{training.prefix}grad_norm"] = sum(taken) / len(taken)
+            metrics[f"train/{training.prefix}skipped_steps"] = float(len(steps) - len(taken))
             metrics[f"train/{training.prefix}lr"] = training.learner.learning_rate
         return metrics

@@ -6,6 +6,8 @@ import pathlib
 
 import torch
 
+from miles.weights.hf_folder.plain_tensors import PlainTensors
+
 HEAD_NAME = "score.weight"
 """Its name in the sequence classifiers of Transformers."""
 
@@ -28,17 +30,13 @@ def initial_weight(folder: str | pathlib.Path, hidden_size: int) -> torch.Tensor
     Zeros make the first advantages equal the returns, and are the same in every layout of ranks. Raises
     ValueError for a head of several rows.
     """
-    from safetensors import safe_open
-
-    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            if HEAD_NAME not in file.keys():  # noqa: SIM118  (not a dict)
-                continue
-            weight: torch.Tensor = file.get_tensor(HEAD_NAME)
-            if tuple(weight.shape) != (1, hidden_size):
-                raise ValueError(
-                    f"{HEAD_NAME} in {path} has shape {tuple(weight.shape)}, but a critic's head is one row of "
-                    f"{hidden_size}; set critic_load to a model with one label"
-                )
-            return weight.float()
-    return torch.zeros(1, hidden_size)
+    stored = PlainTensors(folder, torch.float32)
+    if HEAD_NAME not in stored:
+        return torch.zeros(1, hidden_size)
+    weight = stored[HEAD_NAME]
+    if tuple(weight.shape) != (1, hidden_size):
+        raise ValueError(
+            f"{HEAD_NAME} in {folder} has shape {tuple(weight.shape)}, but a critic's head is one row of {hidden_size};"
+            " set critic_load to a model with one label"
+        )
+    return weight.float()

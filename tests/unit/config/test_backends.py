@@ -60,6 +60,7 @@ def test_a_named_backend_is_no_choice() -> None:
         ({"gradient_checkpointing": True, "num_layers": 4}, "fsdp"),
         ({"gradient_checkpointing": True, "tensor_model_parallel_size": 2}, "megatron"),
         ({"attn_implementation": "varlen"}, "fsdp"),
+        ({"low_precision_impl": "transformer_engine", "fp8_format": "e4m3", "fp8_recipe": "blockwise"}, "megatron"),
     ],
 )
 def test_settings_ask_for_a_trainer_before_the_machine_does(said: dict[str, Any], trainer: str) -> None:
@@ -77,6 +78,7 @@ def test_settings_ask_for_a_trainer_before_the_machine_does(said: dict[str, Any]
         ({"colocate": True, "offload_rollout": False, "offload_train": False}, "torch"),
         ({"rollout_num_gpus_per_engine": 1}, "torch"),
         ({"rollout_weight_format": "fp8_block"}, "torch"),
+        ({"rollout_weight_format": "mxfp8"}, "torch"),
     ],
 )
 def test_settings_ask_for_an_engine_before_the_machine_does(said: dict[str, Any], engine: str) -> None:

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from miles.doctor import folders, gpus, limits, memory, packages, processor, proxies, redis_server, surroundings
+from miles.doctor import (
+    folders,
+    gpus,
+    limits,
+    low_precision,
+    memory,
+    packages,
+    processor,
+    proxies,
+    redis_server,
+    surroundings,
+)
 from miles.doctor.finding import Finding, Status
 from miles.memory.amount import Part
 
@@ -220,3 +231,34 @@ def test_a_clock_that_was_reset_and_a_locale_of_few_letters_are_noticed() -> Non
     assert worst(surroundings.judge(dataclasses.replace(good, now=0.0)))[1].startswith("the clock says 1970-01-01")
     assert worst(surroundings.judge(dataclasses.replace(good, encoding="iso8859-1")))[0] == "warn"
     assert worst(surroundings.judge(dataclasses.replace(good, python=(3, 9))))[0] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "text"),
+    [
+        ({}, "ok", "trainer in fp8_block and engines in fp8_block; GPUs of compute capability 9.0 have kernels"),
+        ({"trained": None, "served": None}, "ok", "no kernels for formats of few bits are needed"),
+        ({"capability": None}, "ok", "trainer in fp8_block and engines in fp8_block"),
+        ({"installed": frozenset({"sgl_kernel"})}, "warn", "TransformerEngine is not installed: fp8_block is emulated"),
+        ({"installed": frozenset({"sgl_kernel"}), "insists": True}, "fail", "TransformerEngine is not installed, as"),
+        (
+            {"trained": "mxfp8", "served": None},
+            "warn",
+            "TransformerEngine has kernels for mxfp8 from compute capability 10.0 on, and a GPU has 9.0: mxfp8 is",
+        ),
+        (
+            {"trained": None, "capability": (8, 0)},
+            "fail",
+            "SGLang computes in fp8_block from compute capability 8.9 on, and a GPU has 8.0",
+        ),
+        ({"trained": None, "served": "int4", "capability": (8, 0)}, "ok", "engines in int4; GPUs of"),
+        ({"installed": frozenset({"transformer_engine"})}, "fail", "SGLang's kernels (sgl_kernel) are not installed"),
+        ({"installed": frozenset({"transformer_engine"}), "own_interpreter": False}, "ok", "trainer in fp8_block"),
+    ],
+)
+def test_low_precision(changes: dict[str, Any], status: str, text: str) -> None:
+    both = frozenset({"transformer_engine", "sgl_kernel"})
+    facts = low_precision.LowPrecision(trained="fp8_block", served="fp8_block", capability=(9, 0), installed=both)
+    found = worst(low_precision.judge(dataclasses.replace(facts, **changes)))
+    assert found[0] == status
+    assert found[1].startswith(text)

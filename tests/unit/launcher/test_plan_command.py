@@ -50,9 +50,9 @@ def test_the_dry_run_of_a_large_moe_says_what_starts_where_and_that_it_does_not_
     lines = described["memory per GPU and what starts where"]
     assert lines[0].startswith("node 0, GPUs 0 to 7: trainer-0 ranks 0 to 7: about 2.")
     assert lines[0].endswith("TiB of 139.6 GiB, DOES NOT FIT")
-    assert lines[1].startswith("node 1, GPUs 0 to 7: rollout-0 servers 0 to 7: about 1.2 TiB of 139.6 GiB")
+    assert lines[1].startswith("node 1, GPUs 0 to 7: rollout-0 servers 0 to 7: about 640.0 GiB of 139.6 GiB")
     assert any("would fit, on 16 nodes of 8 such GPUs: --actor-num-nodes 16" in line for line in lines)
-    assert any("a server of 16 such GPUs would hold it" in line for line in lines)
+    assert any("a server of 8 such GPUs would hold it" in line for line in lines)
     missing = described["before it can run"]
     assert any("there are no weights in it" in fault for fault in missing)
     assert any(fault.startswith("rm_type is not set") for fault in missing)

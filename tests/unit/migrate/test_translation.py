@@ -121,3 +121,29 @@ def test_variables_go_to_who_reads_them() -> None:
     assert result.environment.left_out == {"RAY_X": "there is no Ray", "OTHER": "nothing here reads it"}
     again = translated("--train-env-vars", '{"NVTE_X": "5"}', NVTE_X="4")
     assert again.flags["--train-env-vars"] == ['{"NVTE_X": "5"}']
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "flags"),
+    [
+        (
+            ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"],
+            {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0"},
+            {"--fp8-block-scales": ["power_of_two"]},
+        ),
+        ([], {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}, {}),
+        (
+            [],
+            {"OPEN_TRAINING_INT4_FAKE_QAT_FLAG": "1", "OPEN_TRAINING_INT4_GROUP_SIZE": "32"},
+            {"--int4-qat": [], "--int4-group-size": ["32"]},
+        ),
+        ([], {"OPEN_TRAINING_INT4_FAKE_QAT_FLAG": "0", "OPEN_TRAINING_INT4_GROUP_SIZE": "32"}, {}),
+    ],
+)
+def test_variables_that_choose_a_format_are_flags(
+    words: list[str], environment: dict[str, str], flags: dict[str, list[str]]
+) -> None:
+    result = translated(*words, **environment)
+    assert {flag: values for flag, values in result.flags.items() if flag not in [*NEEDED, *words]} == flags
+    assert result.environment.left_out.keys() == environment.keys()
+    assert result.faults == []

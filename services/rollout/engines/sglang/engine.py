@@ -24,6 +24,7 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ServedModel
 from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
+from miles.services.rollout.engines.sglang.server.process import IN_SERVER
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
@@ -108,6 +109,13 @@ class SglangEngine:
             api, timeout_s = self._replicas[0].api, self._options.call_timeout_s
             info, server = await api.get("/model_info", timeout_s), await api.get("/server_info", timeout_s)
             attached, given = bool(self._options.addresses), self._options.server_flags
+            if attached:
+                await self._loader.check_attached()
+            if attached and self._options.repacks and flags.KEEP_WORKSPACES not in flags.custom_loaders(server):
+                raise ServerUnstartable(
+                    f"{self._options.addresses[0]} captured graphs that int4 updates would break; start it with "
+                    f"--custom-weight-loader {flags.KEEP_WORKSPACES} and {IN_SERVER} in PYTHONPATH"
+                )
             if attached and (lossy := flags.lossy_acceptance(server)):
                 raise ServerUnstartable(
                     f"{self._options.addresses[0]} runs with {lossy}, so that tokens are sampled more often than their "
@@ -126,6 +134,7 @@ class SglangEngine:
         """End every request and every server that was started here."""
         self._background.cancel()
         await asyncio.gather(*(replica.close() for replica in self._replicas))
+        self._loader.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """Stream a response, some dozen tokens at a time. Leaving the iterator early aborts the request.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from miles.config.server_groups import Server
+from miles.precision.recipe import Recipe
 from miles.weights.naming.contract import WeightContract
 
 WeightPath = Literal["tensor", "disk", "distributed"]
@@ -51,6 +52,8 @@ class SglangOptions:
     """Folder for the files of the disk path."""
     contract: WeightContract = dataclasses.field(default_factory=lambda: WeightContract(form="checkpoint"))
     """Which tensors each version of the policy consists of."""
+    recipe: Recipe | None = None
+    """By which matrices are quantised, as they are published and served; None: as `dtype`."""
     bucket_bytes: int = 512 << 20
     """Most bytes of weights in one bucket."""
     random_seed: int = 42
@@ -74,6 +77,11 @@ class SglangOptions:
     def on_gpu(self) -> bool:
         """Whether servers compute on GPUs."""
         return self.device.startswith("cuda")
+
+    @property
+    def repacks(self) -> bool:
+        """Whether servers repack experts after an update."""
+        return self.recipe is not None and self.recipe.format == "int4"
 
     @property
     def count(self) -> int:

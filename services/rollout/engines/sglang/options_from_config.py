@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles.config.checks.device import detect_device
 from miles.config.server_groups import servers_of_service
+from miles.precision.of_run import rollout_recipe
 from miles.weights.naming.contract import contract_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def configured_options(
         "weight_path": rollout.rollout_engine_weights,
         "weight_dir": None if weight_dir is None else pathlib.Path(weight_dir),
         "contract": contract_of(config),
+        "recipe": rollout_recipe(config),
         "bucket_bytes": config.weights.update_weight_buffer_size,
         "random_seed": rollout.rollout_seed,
         "log_dir": pathlib.Path(config.services.run_dir) / "logs",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from miles.precision.of_run import rollout_recipe
+from miles.precision.of_run import export_recipe, rollout_recipe
+from miles.precision.recipe import Recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.fsdp import checkpoint
@@ -20,6 +21,7 @@ from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
 from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, build_roles
+from miles.services.trainer.backends.fsdp.model.matrix_inputs import matrix_inputs
 from miles.services.trainer.backends.fsdp.model.sharded_model import free_gathered, full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.optimizer import state_tensors
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
@@ -30,6 +32,7 @@ from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.precision_metrics import Inputs
 from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
 
 if TYPE_CHECKING:
@@ -96,6 +99,9 @@ class FsdpBackend(BaseBackend[_Parts]):
             refuse_misfits(published, {name: shape for name, _, shape in layout}, "the model has")
         return _Parts(roles, trainer, published, layout)
 
+    def _input_modules(self, recipe: Recipe) -> Inputs:
+        return matrix_inputs(self._loaded.policy, recipe)
+
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
         parts = self._loaded
         if parts.roles.adapter is not None:
@@ -152,7 +158,8 @@ class FsdpBackend(BaseBackend[_Parts]):
         full = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
         source, dtype = pathlib.Path(str(self._config.rollout.hf_checkpoint)), self._export_dtype
         full = tensors.conversion.to_checkpoint(full)
-        write_hf_checkpoint(directory, source, tensors, full, dtype, chat_template=self._chat_template)
+        recipe, template = export_recipe(self._config), self._chat_template
+        write_hf_checkpoint(directory, source, tensors, full, dtype, recipe=recipe, chat_template=template)
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
         if adapter is not None:
             on_first_rank(functools.partial(adapter.write, directory / "adapter", adapters))

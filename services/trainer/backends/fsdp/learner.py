@@ -5,6 +5,7 @@ Dims: R response tokens of a micro-batch, T those of this rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from miles.services.trainer.backends.fsdp.model.sharded_model import free_gather
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
+    broken_gradients,
     build_optimizer,
     clip_gradients,
     set_learning_rate,
@@ -31,6 +33,7 @@ from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step import adam_state
+from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.learning_rate import learning_rate
 from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
@@ -152,16 +155,19 @@ class FsdpLearner(Learner[OutputT]):
         torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
 
     @traced("optimizer step")
-    def step(self) -> float:
-        """See `Learner.step`; 0 for a step that float16 overflow skipped."""
+    def step(self) -> StepOutcome:
+        """See `Learner.step`."""
         set_learning_rate(self.optimizer, learning_rate(self.iteration, self._config, self._total_iterations))
         norm = self.loss_scale.unscale(self.optimizer)
-        if norm is not None:
+        broken: list[str] = []
+        if math.isfinite(norm):
             clip_gradients(self.optimizer, norm, self._config.clip_grad)
             self.optimizer.step()
+        elif not self.loss_scale.back_off():
+            broken = broken_gradients(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
-        return 0.0 if norm is None else norm
+        return StepOutcome(norm, not math.isfinite(norm), broken)
 
     def reset_optimizer(self) -> None:
         """See `Learner.reset_optimizer`."""

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-
-from miles.services.trainer.step.finite_gradient import not_finite
 
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig
@@ -61,8 +60,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class LossScale:
     """Keeps gradients inside the range of float16: the loss is multiplied by `value`, gradients are divided by it.
 
-    Not dynamic: the value is 1 and a gradient that is not finite is an error. Dynamic (Micikevicius et al. 2018): such
-    a gradient skips the step and halves the value; it doubles after `GROWTH_INTERVAL` steps without one.
+    Not dynamic: the value is 1. Dynamic (Micikevicius et al. 2018): a gradient that is not finite halves the value; it
+    doubles after `GROWTH_INTERVAL` steps without one.
     """
 
     GROWTH_INTERVAL = 1000
@@ -72,12 +71,8 @@ class LossScale:
         self.value = 2.0**14 if dynamic else 1.0
         self.good_steps = 0
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> float | None:
-        """Divide the gradients and return their global L2 norm, or None when this step must be skipped.
-
-        Collective over ranks. Raises FloatingPointError, before anything changed, when the norm is not finite and
-        skipping would not help.
-        """
+    def unscale(self, optimizer: torch.optim.Optimizer) -> float:
+        """Divide the gradients and return their global L2 norm; collective over ranks."""
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         if self.dynamic and gradients:
             torch._foreach_mul_(gradients, 1 / self.value)
@@ -87,11 +82,26 @@ class LossScale:
             self.good_steps += 1
             if self.dynamic and self.good_steps % self.GROWTH_INTERVAL == 0:
                 self.value *= 2
-            return total
+        return total
+
+    def back_off(self) -> bool:
+        """Halve the value after a gradient that is not finite; False where a smaller one would not help."""
         if not self.dynamic or self.value <= 1:
-            raise not_finite(total)
+            return False
         self.value, self.good_steps = self.value / 2, 0
-        return None
+        return True
+
+
+def broken_gradients(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters whose gradient is not finite on some rank; collective."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in named]
+    broken = torch.tensor([part is not None and not bool(part.isfinite().all()) for part in parts], dtype=torch.uint8)
+    if dist.get_world_size() > 1:
+        device = next((part.device for part in parts if part is not None), torch.device("cpu"))
+        broken = broken.to(device)
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+    return [name for (name, _), is_broken in zip(named, broken.tolist(), strict=True) if is_broken]
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from miles.precision.of_run import export_recipe
+from miles.precision.recipe import Recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.megatron.changed_parameters import ChangedParameters
@@ -17,7 +19,9 @@ from miles.services.trainer.backends.megatron.checkpoint import torch_dist
 from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.lora.adapter import Adapter, describe
 from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
+from miles.services.trainer.backends.megatron.model.matrix_inputs import matrix_inputs
 from miles.services.trainer.backends.megatron.parallel import groups
+from miles.services.trainer.backends.megatron.precision import kernels
 from miles.services.trainer.backends.megatron.precision.choice import low_precision
 from miles.services.trainer.backends.megatron.precision.covered import differences
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
@@ -27,6 +31,7 @@ from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.precision_metrics import Inputs
 from miles.services.trainer.step.weight_copy import CopiedRole
 from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
 
@@ -85,6 +90,9 @@ class MegatronBackend(BaseBackend[_Parts]):
         trainer = MegatronTrainer(config, roles, parallel, roles.routing, self._device)
         return _Parts(roles, trainer, parallel, exporter, published, layout, adapter)
 
+    def _input_modules(self, recipe: Recipe) -> Inputs:
+        return matrix_inputs(self._loaded.roles.policy.model.bare_chunks)
+
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
         parts = self._loaded
         return _published(parts.exporter, parts.published) if parts.adapter is None else parts.adapter.tensors()
@@ -113,9 +121,13 @@ class MegatronBackend(BaseBackend[_Parts]):
         model, tensors = parts.published.model, parts.exporter.tensors()
         if parts.adapter is not None:
             tensors = parts.adapter.merged(tensors)
-        write_hf_checkpoint(directory, source, model, tensors, dtype, chat_template=self._chat_template)
+        recipe, template = export_recipe(self._config), self._chat_template
+        write_hf_checkpoint(directory, source, model, tensors, dtype, recipe=recipe, chat_template=template)
         if parts.adapter is not None:
             parts.adapter.write(directory / "adapter", str(source))
+
+    def _before_release(self, parts: _Parts) -> None:
+        kernels.drop_copies(parts.roles.policy.model.bare_chunks)
 
     def _held(self, parts: _Parts) -> Held:
         learners = [learner for learner in (parts.roles.policy, parts.roles.critic) if learner is not None]

@@ -22,6 +22,7 @@ from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.backends.megatron.replay.step_routing import Hooks, Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
 from miles.services.trainer.step.token_sets import TokenSetRequest
@@ -81,12 +82,13 @@ class MegatronLearner(Learner[OutputT]):
         return parts
 
     @traced("optimizer step")
-    def step(self) -> float:
-        """See `Learner.step`; 0 for a step that float16 overflow skipped."""
-        norm = self.optimizer.step(self.iteration, self._total_iterations)
-        self._expert_bias.move()
+    def step(self) -> StepOutcome:
+        """See `Learner.step`."""
+        outcome = self.optimizer.step(self.iteration, self._total_iterations)
+        if not outcome.skipped:
+            self._expert_bias.move()
         self.iteration += 1
-        return norm
+        return outcome
 
     def reset_optimizer(self) -> None:
         """See `Learner.reset_optimizer`."""

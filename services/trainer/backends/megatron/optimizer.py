@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.services.trainer.backends.megatron.broken_gradients import broken_gradients
 from miles.services.trainer.step import adam_state
-from miles.services.trainer.step.finite_gradient import not_finite
+from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.learning_rate import learning_rate
 
 if TYPE_CHECKING:
@@ -110,11 +111,8 @@ class MegatronOptimizer:
         for chunk in self._chunks if self._gathers_later else ():
             chunk.start_param_sync(force_sync=True)
 
-    def step(self, iteration: int, total_iterations: int) -> float:
-        """Clip and step; returns the gradient's norm before clipping, 0 for a step that float16 overflow skipped.
-
-        Raises FloatingPointError, before anything changed, for a gradient that is not finite in other types.
-        """
+    def step(self, iteration: int, total_iterations: int) -> StepOutcome:
+        """Clip and step, unless the gradient is not finite; collective."""
         rate = learning_rate(iteration, self._config, total_iterations)
         for group in self.inner.param_groups:
             group["lr"] = rate
@@ -122,6 +120,8 @@ class MegatronOptimizer:
         if not self.inner.prepare_grads():
             norm = float(self.inner.get_grad_norm())
             if not math.isfinite(norm):
-                raise not_finite(norm)
+                return StepOutcome(norm, skipped=True, broken=broken_gradients(self._chunks))
         done, norm, _ = self.inner.step()
-        return float(norm) if done and norm is not None else 0.0
+        if not done or norm is None:  # float16 overflowed: the optimizer has lowered its scale
+            return StepOutcome(math.inf, skipped=True)
+        return StepOutcome(float(norm))

@@ -1,4 +1,4 @@
-"""Folders in a form that cannot be trained are refused before the start, with the command that converts them."""
+"""Folders in a form that cannot be trained are refused before the start, with the way out."""
 
 from __future__ import annotations
 
@@ -21,19 +21,29 @@ def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[
     return [str(fault) for fault in form_faults(examine(flat).settings)]
 
 
-@pytest.mark.parametrize("backend", ["fsdp", "megatron"])
-@pytest.mark.parametrize("engine", ["torch", "sglang"])
-def test_fp8_weights_are_to_be_converted(tmp_path: pathlib.Path, backend: str, engine: str) -> None:
-    model = {"model_type": "deepseek_v3", "quantization_config": FP8}
-    (found,) = faults(tmp_path, model, train_backend=backend, rollout_backend=engine)
-    assert "but its weights are quantised (fp8)" in found
-    assert f"`miles convert hf-to-hf --hf-checkpoint {tmp_path} --save {tmp_path.name}-plain`" in found
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+        }
+    },
+    "ignore": ["lm_head", "re:.*self_attn.*"],
+}
 
 
-def test_other_quantised_weights_cannot_be_converted(tmp_path: pathlib.Path) -> None:
-    for quantised in ({"quant_method": "gptq"}, {**FP8, "weight_block_size": None}):
+@pytest.mark.parametrize("quantised", [FP8, INT4])
+def test_known_formats_are_read_as_they_are(tmp_path: pathlib.Path, quantised: dict[str, Any]) -> None:
+    assert faults(tmp_path, {"model_type": "deepseek_v3", "quantization_config": quantised}) == []
+
+
+def test_other_quantised_weights_are_refused(tmp_path: pathlib.Path) -> None:
+    for quantised in ({"quant_method": "gptq"}, {**FP8, "weight_block_size": None}, {**INT4, "format": "dense"}):
         (found,) = faults(tmp_path, {"model_type": "llama", "quantization_config": quantised})
-        assert found.endswith("give a folder with weights in 16 or 32 bits")
+        assert "but its " in found
+        assert found.endswith("in FP8 blocks of 128 x 128, or in INT4 groups")
 
 
 def test_a_text_model_inside_of_another_is_to_be_taken_out(tmp_path: pathlib.Path) -> None:
@@ -48,6 +58,6 @@ def test_every_folder_is_looked_at_once(tmp_path: pathlib.Path) -> None:
     (tmp_path / "teacher").mkdir()
     (tmp_path / "policy" / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
     folders = {"hf_checkpoint": str(tmp_path / "policy"), "ref_load": str(tmp_path / "policy")}
-    quantised = {"model_type": "deepseek_v3", "quantization_config": FP8}
+    quantised = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "gptq"}}
     found = faults(tmp_path / "teacher", quantised, **folders, opd_teacher_load=str(tmp_path / "teacher"))
     assert [fault.split(" ")[0] for fault in found] == ["opd_teacher_load"]

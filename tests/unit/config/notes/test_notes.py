@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -19,6 +21,51 @@ def said(**changes: Any) -> list[str]:
 
 
 NOTED: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"fp8_format": "e4m3", "fp8_recipe": "blockwise", "train_backend": "fsdp"},
+        [
+            "fp8_format = e4m3: the trainer computes in FP8 (blocks of 128 x 128, scales in float32); it is emulated, "
+            "with products of rounded numbers in train_dtype: train_backend = fsdp has no layers of TransformerEngine",
+            "rollout_weight_format = auto: engines get FP8 (blocks of 128 x 128, scales in float32), as the trainer "
+            "computes",
+        ],
+    ),
+    (
+        {
+            "fp8_format": "e4m3",
+            "fp8_recipe": "mxfp8",
+            "rollout_weight_format": "as_trained",
+            "device": "cuda",
+            **MEGATRON,
+        },
+        [
+            "fp8_format = e4m3: the trainer computes in MXFP8; TransformerEngine's kernels compute it where the GPU "
+            "has them, products of rounded numbers elsewhere",
+            "rollout_weight_format = as_trained: engines get weights in rollout_dtype, and sample from another "
+            "function than is trained: use_tis or use_mis corrects for it",
+        ],
+    ),
+    (
+        {"rollout_weight_format": "int4", "int4_group_size": 32},
+        [
+            "rollout_weight_format = int4: engines get INT4 (groups of 32); the trainer computes in train_dtype, and "
+            "use_tis or use_mis corrects for the difference"
+        ],
+    ),
+    (
+        {"rollout_backend": "sglang", "sglang_kv_cache_dtype": "fp8_e4m3"},
+        [
+            "sglang_kv_cache_dtype = fp8_e4m3: engines round keys and values to it, and the trainer does not, so that "
+            "their log-probabilities differ by that: use_tis or use_mis corrects for it"
+        ],
+    ),
+    (
+        {"check_weight_update_equal": True, "check_weight_update_allow_quant_error": True},
+        [
+            "check_weight_update_allow_quant_error = true: it changes nothing: engines get the trainer's own quantised "
+            "numbers, and what they hold is compared bit for bit"
+        ],
+    ),
     (
         {"attention_softmax_in_fp32": True, **MEGATRON},
         ["attention_softmax_in_fp32 = true: it changes nothing: the softmax of attention is computed in float32"],
@@ -204,3 +251,18 @@ def test_a_policy_and_a_loss_that_do_nothing_are_noted() -> None:
         "moe_token_drop_policy = probs: it changes nothing: experts have no capacity, so no token is dropped",
         "moe_router_load_balancing_type = seq_aux_loss: it changes nothing: moe_aux_loss_coeff is 0",
     ]
+
+
+def test_a_folder_in_few_bits_says_what_engines_get_and_how_much_of_the_model(tmp_path: pathlib.Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["model.layers.0"]}
+    model = {"model_type": "llama", "vocab_size": 512, **sizes, "quantization_config": blocks}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    (served,) = said(hf_checkpoint=str(tmp_path))
+    assert served == (
+        "rollout_weight_format = auto: engines get FP8 (blocks of 128 x 128, scales in float32) for 50.0% of the "
+        "layers' weights, as config.json of hf_checkpoint says; the trainer computes in train_dtype, and use_tis or "
+        "use_mis corrects for the difference"
+    )
+    trained, _ = said(hf_checkpoint=str(tmp_path), fp8_format="e4m3", fp8_recipe="blockwise")
+    assert "of the layers' weights, as config.json of hf_checkpoint has them; it is emulated" in trained

@@ -17,6 +17,7 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
 HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
 SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
 
@@ -796,14 +797,111 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "offload_train = true, but max_weight_staleness = 2 has engines and trainer work at once",
     ),
     (
-        {**SGLANG, "rollout_weight_format": "fp8_block"},
-        "rollout_weight_format = fp8_block, but rollout_backend = sglang takes weights in rollout_dtype alone",
+        {"fp8_format": "e4m3"},
+        "fp8_recipe is not set, and fp8_format = e4m3 needs it: Megatron's default, delayed, has scales of earlier "
+        "steps, which no engine has; set it to blockwise",
+    ),
+    ({"fp8_recipe": "mxfp8"}, "fp8_recipe = mxfp8, but it does nothing without fp8_format"),
+    ({"fp4_recipe": "nvfp4"}, "fp4_recipe = nvfp4, but it does nothing without fp4_format"),
+    (
+        {**FP8, "fp8_block_scales": "power_of_two", "train_env_vars": {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}},
+        "fp8_block_scales = power_of_two, but NVTE_FP8_BLOCK_SCALING_FP32_SCALES = 1 in train_env_vars says otherwise; "
+        "leave NVTE_FP8_BLOCK_SCALING_FP32_SCALES out",
+    ),
+    (
+        {"int4_qat": False, "train_env_vars": {"OPEN_TRAINING_INT4_FAKE_QAT_FLAG": "1"}},
+        "int4_qat = false, but OPEN_TRAINING_INT4_FAKE_QAT_FLAG = 1 in train_env_vars says otherwise",
+    ),
+    ({**FP8, "int4_qat": True}, "int4_qat = true, but fp8_format = e4m3 gives the trainer another format"),
+    ({**FP8, "fp4_format": "e2m1"}, "fp4_format = e2m1, but fp8_format = e4m3 gives the trainer another format"),
+    (
+        {**FP8, "rollout_weight_format": "int4"},
+        "rollout_weight_format = int4, but fp8_format = e4m3 has the trainer compute in fp8_block, which is another "
+        "function; leave it out: engines get the trainer's format",
+    ),
+    (
+        {"int4_qat": True, "rollout_weight_format": "as_trained"},
+        "rollout_weight_format = as_trained, but int4_qat = true trains weights that are rounded, and engines would",
+    ),
+    (
+        {**SGLANG, "rollout_weight_format": "mxfp8"},
+        "rollout_weight_format = mxfp8, but rollout_backend = sglang does not take it; set rollout_backend to torch",
+    ),
+    (
+        {**SGLANG, "fp4_format": "e2m1"},
+        "fp4_format = e2m1, but rollout_backend = sglang does not take nvfp4; set rollout_backend to torch",
     ),
     (
         {"lora_rank": 4, "rollout_weight_format": "fp8_block"},
         "rollout_weight_format = fp8_block, but lora_rank = 4 sends adapters",
     ),
-    ({"extra_high_precision_layers_hf": ["q"]}, 'extra_high_precision_layers_hf = ["q"], but rollout_weight_format ='),
+    ({"lora_rank": 4, "int4_qat": True}, "int4_qat = true, but lora_rank = 4 sends adapters"),
+    (
+        {"lora_rank": 4, **FP8, "rollout_weight_format": "as_trained"},
+        "fp8_format = e4m3, but fp8_block is of the sum of base and adapter, which lora_rank = 4 keeps apart",
+    ),
+    (
+        {**FP8, "train_dtype": "float16"},
+        "fp8_format = e4m3, but scales of fp8_block need the range of bfloat16, and train_dtype = float16",
+    ),
+    (
+        {"int4_qat": True, "train_dtype": "bfloat16", "rollout_dtype": "float32"},
+        "rollout_dtype = float32, but int4_qat = true rounds the weights of trainer and engines alike in one type, and "
+        "train_dtype = bfloat16; make the two the same",
+    ),
+    (
+        {"low_precision_impl": "emulated"},
+        "low_precision_impl = emulated, but it does nothing without a format of the trainer",
+    ),
+    (
+        {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "fsdp"},
+        "low_precision_impl = transformer_engine, but train_backend = fsdp has no layers of TransformerEngine",
+    ),
+    (
+        {"int4_qat": True, "low_precision_impl": "transformer_engine", "train_backend": "megatron"},
+        "low_precision_impl = transformer_engine, but TransformerEngine does not round to int4 as engines do",
+    ),
+    (
+        {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "megatron", "device": "cpu"},
+        "low_precision_impl = transformer_engine, but TransformerEngine computes on GPUs alone, and device is cpu",
+    ),
+    (
+        {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "megatron", "transformer_impl": "local"},
+        "low_precision_impl = transformer_engine, but transformer_impl = local has layers without TransformerEngine",
+    ),
+    (
+        {**FP8, "fp8_format": "hybrid", "train_backend": "fsdp"},
+        "fp8_format = hybrid, but its e5m2 is of gradients, which emulation computes in train_dtype, and train_backend",
+    ),
+    (
+        {**FP8, "num_layers_at_start_in_bf16": 2},
+        "num_layers_at_start_in_bf16 = 2, but it does nothing without first_last_layers_bf16",
+    ),
+    (
+        {"rollout_weight_format": "as_trained", "extra_high_precision_layers_hf": ["q"]},
+        'extra_high_precision_layers_hf = ["q"], but it does nothing without a format: fp8_format, fp4_format,',
+    ),
+    (
+        {"rollout_weight_format": "fp8_block", "int4_layers": ["."]},
+        'int4_layers = ["."], but neither trainer nor engines compute in int4; set int4_qat or rollout_weight_format',
+    ),
+    (
+        {"rollout_weight_format": "int4", "fp8_block_scales": "power_of_two"},
+        "fp8_block_scales = power_of_two, but neither trainer nor engines compute in fp8_block; set fp8_format or",
+    ),
+    (
+        {**FP8, "te_precision_config_file": "base64:%"},
+        "te_precision_config_file = base64:%, but what follows base64: is not base64; name what to keep in",
+    ),
+    (
+        {**SGLANG, "rollout_weight_format": "as_trained", "sglang_quantization": "fp8"},
+        "sglang_quantization = fp8, but weights are published in rollout_dtype, and a server that quantises them by "
+        "itself takes no updates; set rollout_weight_format to fp8_block",
+    ),
+    (
+        {**SGLANG, "sglang_quantize_and_serve": True},
+        "sglang_quantize_and_serve = true, but a server would quantise weights by itself, and updates bring others",
+    ),
     ({"wandb_mode": "offline"}, "wandb_mode = offline, but it does nothing without use_wandb"),
     ({"mlflow_run_name": "x"}, "mlflow_run_name = x, but it does nothing without use_mlflow"),
     ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
@@ -874,6 +972,12 @@ ALLOWED: dict[str, dict[str, Any]] = {
         "rollout_top_p": 0.7,
         "rollout_top_k": 20,
     },
+    "bfloat16 training with FP8 rollouts": {**SGLANG, "rollout_weight_format": "fp8_block"},
+    "FP8 training with bfloat16 rollouts": {**FP8, "rollout_weight_format": "as_trained"},
+    "FP8 training and rollouts": {**SGLANG, **FP8, "rollout_weight_format": "fp8_block"},
+    "gradients in e5m2": {**FP8, "fp8_format": "hybrid", "train_backend": "megatron", "device": "cuda"},
+    "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
+    "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
 }
 
@@ -906,6 +1010,11 @@ def test_every_rule_has_a_case() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        (
+            {"fp8_format": "e4m3", "fp8_recipe": "delayed"},
+            "fp8_recipe = delayed, but its scales are of earlier steps, and engines have none of them; set it to "
+            "blockwise",
+        ),
         ({"lr": "fast"}, "lr = fast, but it must be a number; give one"),
         ({"lr": True}, "lr = true, but it must be a number, not a switch; correct it"),
         ({"lr": float("nan")}, "lr = NaN, but it must be a finite number; give one"),

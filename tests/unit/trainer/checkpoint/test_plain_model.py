@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from megatron_models import FAMILIES, SIZES, write_model
+from quantised_models import RECIPES, change_config, write_quantised
 from safetensors.torch import load_file, save_file
 
-from miles.config.checks.published_form import FP8_BLOCKS, why_not_plain
-from miles.precision.fp8_block import SCALE_SUFFIX, Fp8Block
-from miles.precision.layers import QuantisedLayers
-from miles.precision.recipe import Recipe
-from miles.precision.tensors import QuantisedTensors
+from miles.config.checks.published_form import why_not_read
 from miles.services.trainer.convert import main
+from miles.weights.hf_folder.plain_tensors import PlainTensors
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PICTURE = {**VISION, "image_size": 16, "patch_size": 8}
@@ -26,41 +24,21 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> int:
     return main(["hf-to-hf", "--hf-checkpoint", str(source), "--save", str(target), "--dtype", "float32"])
 
 
-def write_quantised(family: str, folder: pathlib.Path) -> pathlib.Path:
-    """A model as DeepSeek publishes its own: FP8 values with scales, some in other files than the values."""
-    write_model(family, folder)
-    tensors: dict[str, torch.Tensor] = {}
-    quantised = QuantisedTensors(Recipe(format="fp8_block", layers=QuantisedLayers(but=("shared_head.head",))))
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        tensors |= quantised.convert(name, tensor)
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    for number, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(FP8_BLOCKS)}))
-    return folder
-
-
 def stored(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family", ["DeepSeek-V3, MTP", "MiniMax-M2"])
-def test_fp8_weights_become_what_they_stand_for(tmp_path: pathlib.Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), [("DeepSeek-V3, MTP", "fp8"), ("MiniMax-M2", "int4")])
+def test_quantised_weights_become_what_they_stand_for(tmp_path: pathlib.Path, family: str, kind: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    source = write_quantised(family, tmp_path / "source")
+    source = write_quantised(family, tmp_path / "source", RECIPES[kind])
     assert convert(source, tmp_path / "plain") == 0
-    before, after = stored(source), stored(tmp_path / "plain")
-    scaled = {name.removesuffix("_scale_inv") for name in before if name.endswith("_scale_inv")}
-    assert len(scaled) > 50
-    assert after.keys() == {name for name in before if not name.endswith("_scale_inv")}
-    for name in scaled:
-        parts = {"": before[name], SCALE_SUFFIX: before[name + SCALE_SUFFIX]}
-        before[name] = Fp8Block().dequantise(parts, torch.float32)
+    before, after = PlainTensors(source, torch.float32), stored(tmp_path / "plain")
+    assert sum(map(before.is_quantised, before)) > 50
+    assert after.keys() == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert why_not_plain(json.loads((tmp_path / "plain" / "config.json").read_text())) is None
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert model.dtype is torch.float32
 
@@ -89,7 +67,7 @@ def test_a_text_model_gives_the_same_answers_by_itself(tmp_path: pathlib.Path, k
     assert convert(tmp_path / "source", tmp_path / "plain") == 0
     text = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
     assert text.config.model_type == f"{kind}_text"
-    assert why_not_plain(json.loads((tmp_path / "plain" / "config.json").read_text())) is None
+    assert why_not_read(json.loads((tmp_path / "plain" / "config.json").read_text())) is None
     tokens = torch.arange(3, 27)[None]
     with torch.no_grad():
         torch.testing.assert_close(text(tokens).logits, model(input_ids=tokens).logits, rtol=0, atol=1e-6)
@@ -115,7 +93,7 @@ def test_a_text_model_is_found_below_the_common_prefix(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq, from which this cannot convert"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq, which is not known here"),
         ({"text_config": {"model_type": "kimi_k9"}}, "its text model is a kimi_k9, which transformers does not know"),
         ({"num_hidden_layers": 5}, "model.layers.4.mlp.gate_proj.weight (48, 32) is missing"),
     ],
@@ -124,18 +102,18 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], expected: str
 ) -> None:
     source = write_model("Llama", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | changes))
+    change_config(source, **changes)
     assert convert(source, tmp_path / "plain") == 1
     assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("direction", ["hf-to-dist", "dist-to-hf"])
-def test_other_conversions_want_plain_weights(
+def test_other_conversions_want_a_known_form(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], direction: str
 ) -> None:
-    source = write_quantised("DeepSeek-V3", tmp_path / "source")
+    source = write_model("Llama", tmp_path / "source")
+    change_config(source, quantization_config={"quant_method": "gptq"})
     load = ["--load", str(tmp_path)] if direction == "dist-to-hf" else []
     assert main([direction, "--hf-checkpoint", str(source), "--save", str(tmp_path / "out"), *load]) == 1
-    assert "convert it with hf-to-hf first" in capsys.readouterr().err
+    assert "cannot be converted: its weights are quantised by gptq" in capsys.readouterr().err

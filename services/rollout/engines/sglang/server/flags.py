@@ -8,23 +8,28 @@ from typing import Any
 
 from miles.config.sglang.server_flags import server_flags
 from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.server.served_model import ServedModel
 
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
 
 ACCEPTANCE_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 
+KEEP_WORKSPACES = "miles_marlin_workspaces.keep"
+"""A function that servers can import and call; see `in_server`."""
+CUSTOM_LOADERS = "custom_weight_loader"
+
 SPARE_TOKENS = 6
 """Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
 
-def command(options: SglangOptions, index: int, port: int, max_positions: int) -> list[str]:
+def command(options: SglangOptions, index: int, port: int, model: ServedModel) -> list[str]:
     """The command that starts server number `index` on a port of the loopback device.
 
-    `max_positions`: positions of the model; SGLang refuses to start with a longer context.
+    SGLang refuses to start with a longer context than the model's positions.
     """
     arguments = [options.python, "-m", "sglang.launch_server"]
-    arguments += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--model-path", model.folder, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
     arguments += ["--random-seed", str(options.random_seed + index)]
     # Warm-up requests would be generated with the checkpoint's weights; our requests wait for the first version.
@@ -34,20 +39,28 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
         arguments += ["--base-gpu-id", str(options.first_gpu_of(index))]
     else:
         arguments += ["--sleep-on-idle"]  # an idle scheduler would poll a core
-    if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:
+    if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= model.max_positions:
         arguments += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
+    if not model.has_weights:
+        arguments += ["--load-format", "dummy"]
+        if has_draft_weights(options.server_flags) and "speculative_draft_load_format" not in options.server_flags:
+            arguments += ["--speculative-draft-load-format", "auto"]
     if options.max_running_requests is not None:
         arguments += ["--max-running-requests", str(options.max_running_requests)]
     if options.routed_experts:
         arguments += ["--enable-return-routed-experts"]
-        if options.on_gpu:  # a fused shared expert would count among those that a token is routed to
-            arguments += ["--disable-shared-experts-fusion"]
+    if options.on_gpu and (options.routed_experts or options.recipe is not None):
+        # A fused shared expert would count among those that a token is routed to, and be quantised as they are.
+        arguments += ["--disable-shared-experts-fusion"]
     if options.memory_saver:
         arguments += ["--enable-memory-saver"]
         if has_draft_weights(options.server_flags) and "enable_draft_weights_cpu_backup" not in options.server_flags:
             # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one.
             arguments += ["--enable-draft-weights-cpu-backup"]
-    return [*arguments, *passed_through(options.flags_of(index))]
+    flags = dict(options.flags_of(index))
+    if options.repacks:
+        flags[CUSTOM_LOADERS] = [KEEP_WORKSPACES, *custom_loaders(flags)]
+    return [*arguments, *passed_through(flags)]
 
 
 def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
@@ -74,6 +87,11 @@ def has_draft_weights(flags: Mapping[str, Any]) -> bool:
     """Whether a server with these flags has a draft model whose weights are not the policy's own."""
     algorithm = str(flags.get("speculative_algorithm") or "").upper()
     return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
+
+
+def custom_loaders(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """Functions of its own that a server with these flags can load weights by."""
+    return tuple(flags.get(CUSTOM_LOADERS) or ())
 
 
 def lossy_acceptance(flags: Mapping[str, Any]) -> str:

@@ -41,6 +41,16 @@ _SCORES_AS_DRAWN = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "false", "SGLANG_SIMULATE_
 """Whatever the environment says: log-probs are at the sampling temperature, and drafts are verified."""
 
 
+IN_SERVER = pathlib.Path(__file__).parents[1] / "in_server"
+"""Folder of modules that servers can import."""
+
+
+def _environment() -> dict[str, str]:
+    found = without_proxy_for_loopback(os.environ)
+    importable = os.pathsep.join([str(IN_SERVER), *filter(None, [found.get("PYTHONPATH")])])
+    return {**found, "PYTHONUNBUFFERED": "1", "PYTHONPATH": importable, **_SCORES_AS_DRAWN}
+
+
 class ServerProcess:
     """One server process and the processes it starts, which form a process group and end together."""
 
@@ -57,7 +67,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**without_proxy_for_loopback(os.environ), "PYTHONUNBUFFERED": "1", **_SCORES_AS_DRAWN},
+                env=_environment(),
                 start_new_session=True,
             )
         return cls(process, log_path)

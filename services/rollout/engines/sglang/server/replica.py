@@ -20,6 +20,7 @@ from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.server.probes import Load, Probe, ProbeTimes
 from miles.services.rollout.engines.sglang.server.process import ServerProcess
+from miles.services.rollout.engines.sglang.server.served_model import ServedModel
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.services.rollout.engines.sglang.weights.checker import drain_device
 
@@ -54,8 +55,8 @@ class Replica:
         self.index = index
         self.managed = not options.addresses
         self.api = SglangApi("" if self.managed else options.addresses[index])
-        self.max_positions = 0
-        """Positions of the model; to be set before `start`."""
+        self.model = ServedModel(options.hf_checkpoint)
+        """What it starts from; its positions are to be set before `start`."""
         self.version: int | None = None
         self._loads = 0
         self.ranks = options.gpus_per_engine if options.addresses else options.gpus_of(index)
@@ -164,7 +165,7 @@ class Replica:
             log_dir = self._options.log_dir
             log_path = None if log_dir is None else log_dir / f"{self._options.name}-sglang-{self.index}.log"
             self._process = await ServerProcess.start(
-                flags.command(self._options, self.index, port, self.max_positions), log_path
+                flags.command(self._options, self.index, port, self.model), log_path
             )
         await self.api.open()
         async with contextlib.AsyncExitStack() as undo:

@@ -53,9 +53,14 @@ class Bucket:
 
     def serialized(self) -> str:
         """One reader's handle of the buffer. Each reader needs its own, and the bucket must outlive their reading."""
-        buffer = io.BytesIO()
-        ForkingPickler(buffer).dump({"flattened_tensor": self.flat, "metadata": list(self.entries)})
-        return base64.b64encode(buffer.getbuffer()).decode()
+        return serialized({"flattened_tensor": self.flat, "metadata": list(self.entries)})
+
+
+def serialized(value: object) -> str:
+    """As SGLang takes it."""
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(value)
+    return base64.b64encode(buffer.getbuffer()).decode()
 
 
 def flatten(tensors: Sequence[NamedTensor]) -> Bucket:

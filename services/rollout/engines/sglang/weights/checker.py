@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
 
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
@@ -21,6 +22,14 @@ class Checksum:
     """The same for servers of the same parallel sizes that hold the same bytes."""
     names: frozenset[str]
     """Of the parameters, as the server calls them."""
+
+
+def held_format(names: Iterable[str]) -> str | None:
+    """The format of a server's weights, by the names of its parameters; None when they are not quantised."""
+    found = list(names)
+    if any(name.endswith("weight_scale_inv") for name in found):
+        return "fp8_block"
+    return "int4" if any(name.endswith("weight_packed") for name in found) else None
 
 
 async def checksum(api: SglangApi, selector: Selector, timeout_s: float) -> Checksum:

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 
 from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.server.served_model import (
+    ServedModel,
+    needs_own_folder,
+    served_quantisation,
+    write_folder,
+)
 from miles.services.rollout.engines.sglang.speculative.draft import own_parameters
 from miles.services.rollout.engines.sglang.weights import checker
 from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor, share_by_name
@@ -48,6 +55,8 @@ class WeightLoader:
         self._sums: dict[Selector, tuple[bytes, str]] = {}
         """For the last version received by broadcast: its manifest's checksum, and that of the servers."""
         self._released = False
+        self._files = contextlib.ExitStack()
+        """Holds the folder that describes the model to servers, if they need one."""
         self.tensors: Mapping[str, torch.Tensor] = {}
         """The weights that the servers hold, by HF name."""
         self.version: int | None = None
@@ -65,9 +74,43 @@ class WeightLoader:
     async def prepare(self) -> None:
         """Read the layout of the model's parameters."""
         share_by_name()
-        self._layout = await asyncio.to_thread(read_layout, self._options.hf_checkpoint, self._options.contract)
+        self._layout = await asyncio.to_thread(
+            read_layout, self._options.hf_checkpoint, self._options.contract, self._options.recipe
+        )
+        model = await asyncio.to_thread(self._served_model)
         for replica in self._servers.replicas:
-            replica.max_positions = self._layout.max_positions
+            replica.model = model
+
+    def close(self) -> None:
+        """Remove what servers were started from."""
+        self._files.close()
+
+    def _served_model(self) -> ServedModel:
+        """The checkpoint, or a folder that describes its model as it is served."""
+        folder, recipe, positions = self._options.hf_checkpoint, self._options.recipe, self._layout.max_positions
+        if self._options.addresses or not needs_own_folder(folder, recipe):
+            return ServedModel(folder, positions)
+        if self._options.log_dir is not None:
+            self._options.log_dir.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=f"{self._options.name}-model-", dir=self._options.log_dir)
+        own = self._files.enter_context(made)
+        quantisation = None if recipe is None else served_quantisation(recipe, self._layout.shapes)
+        write_folder(Path(own), folder, quantisation)
+        return ServedModel(own, positions, has_weights=False)
+
+    async def check_attached(self) -> None:
+        """Raise ServerUnstartable when a server that runs already does not hold weights in the format of the versions.
+
+        SGLang would convert values to the type that it holds them in, and leave scales out.
+        """
+        wanted = None if self._options.recipe is None else self._options.recipe.format
+        for replica in self._servers.replicas:
+            names = (await checker.checksum(replica.api, "target", self._options.call_timeout_s)).names
+            if (held := checker.held_format(names)) != wanted:
+                raise ServerUnstartable(
+                    f"{replica.api.address} holds weights in {held or self._options.dtype}, and versions come in "
+                    f"{wanted or self._options.dtype}; set rollout_weight_format, or start it with such a model folder"
+                )
 
     def keep_draft_apart(self, algorithm: str) -> None:
         """Load the policy's versions into the policy only: the servers have a draft model with weights of its own."""
@@ -238,7 +281,7 @@ class WeightLoader:
         ready, timeout_s = staged, self._options.call_timeout_s
 
         async def update(replica: Replica) -> None:
-            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            push = self._update(replica, version, selector)
             await push.from_tensors(ready.buckets(len(replicas)), replica.ranks)
             if ready.copied_on_gpu:
                 await checker.drain_device(replica.api, timeout_s)
@@ -247,6 +290,10 @@ class WeightLoader:
             await self._servers.call_each(replicas, update, "load its draft model", blamed=(EngineFailed,))
         else:
             await self._servers.call_each(replicas, update, f"load version {version}")
+
+    def _update(self, replica: Replica, version: int | None, selector: Selector) -> WeightUpdate:
+        repacking = replica.ranks if self._options.repacks and selector != "draft" else 0
+        return WeightUpdate(replica.api, version, selector, self._options.call_timeout_s, repacking_ranks=repacking)
 
     async def _push_remote(
         self, replicas: Sequence[Replica], version: int | None, weights: RemoteWeights, selector: Selector
@@ -258,7 +305,7 @@ class WeightLoader:
         async def update(replica: Replica) -> None:
             if replica.member is None:
                 raise EngineFailed(f"{replica.name} was lost before it could receive the weights")
-            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            push = self._update(replica, version, selector)
             await push.from_sources(replica.member, weights)
             if self._options.on_gpu:
                 await checker.drain_device(replica.api, timeout_s)
@@ -289,8 +336,7 @@ class WeightLoader:
         folder = Path(tempfile.mkdtemp(prefix=f"{self._options.name}-weights-", dir=root))
 
         async def update(replica: Replica) -> None:
-            push = WeightUpdate(replica.api, version, "all", self._options.call_timeout_s)
-            await push.from_files(folder / str(version))
+            await self._update(replica, version, "all").from_files(folder / str(version))
 
         async with contextlib.AsyncExitStack() as cleanup:
             cleanup.push_async_callback(asyncio.to_thread, shutil.rmtree, folder, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.errors import ServerRefused
+from miles.services.rollout.engines.sglang.server.flags import KEEP_WORKSPACES
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.weights import buckets
 from miles.services.rollout.engines.sglang.weights.buckets import Bucket
@@ -25,9 +26,15 @@ class WeightUpdate:
     No call flushes the cache: SGLang exits when the flush of an update finds requests.
     """
 
-    def __init__(self, api: SglangApi, version: int | None, selector: Selector, timeout_s: float) -> None:
-        """`version` None leaves the server's version as it is."""
+    def __init__(
+        self, api: SglangApi, version: int | None, selector: Selector, timeout_s: float, *, repacking_ranks: int = 0
+    ) -> None:
+        """`version` None leaves the server's version as it is.
+
+        `repacking_ranks`: how many hold experts in another layout than they come in, which is undone in a session.
+        """
         self._api = api
+        self._repacking_ranks = repacking_ranks
         self._version = None if version is None else str(version)
         self._selector = selector
         self._timeout_s = timeout_s
@@ -56,12 +63,16 @@ class WeightUpdate:
     async def from_files(self, folder: pathlib.Path) -> None:
         """Load a folder of safetensors files. Raises ServerRefused, EngineFailed."""
         body = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
-        await self._api.post("/update_weights_from_disk", {**body, "weight_version": self._version}, self._timeout_s)
+        async with self._session() if self._repacking_ranks else contextlib.nullcontext():
+            path = "/update_weights_from_disk"
+            await self._api.post(path, {**body, "weight_version": self._version}, self._timeout_s)
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[None]:
         await self._begin()
         try:
+            if self._repacking_ranks:
+                await self._keep_workspaces()
             yield
         except EngineFailed:
             raise  # the server is gone or hangs; it would not answer
@@ -69,6 +80,16 @@ class WeightUpdate:
             await self._api.post("/end_weight_update", {}, self._timeout_s)
             raise
         await self._api.post("/end_weight_update", {}, self._timeout_s)
+
+    async def _keep_workspaces(self) -> None:
+        """Have the server keep what its graphs use apart from weights; see `in_server.miles_marlin_workspaces`."""
+        body = {
+            "serialized_named_tensors": [buckets.serialized([])] * self._repacking_ranks,
+            "load_format": KEEP_WORKSPACES,
+            "flush_cache": False,
+            "selector": self._selector,
+        }
+        await self._api.post("/update_weights_from_tensor", body, self._timeout_s)
 
     async def _begin(self) -> None:
         body = {"selector": self._selector}

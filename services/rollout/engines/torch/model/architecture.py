@@ -7,7 +7,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from miles.weights.hf_folder.model_config import read_model_config
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -54,7 +56,7 @@ def read_config(hf_checkpoint: str | pathlib.Path, max_total_tokens: int | None 
     Raises UnsupportedModel when the engine cannot run its architecture, or not for responses of so many tokens with
     their prompts (None: as many as the model has positions).
     """
-    config = AutoConfig.from_pretrained(hf_checkpoint)
+    config = read_model_config(hf_checkpoint)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{hf_checkpoint}: {config.model_type} is an encoder-decoder, not a causal LM")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -20,6 +20,8 @@ from miles.services.trainer.backends.fsdp.attention import packed_attention as a
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.checkpoint.errors import reading_model
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
+from miles.weights.hf_folder.model_config import read_model_config
+from miles.weights.hf_folder.pretrained import read_model
 from miles.weights.naming.model_tensors import once
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     Raises FileNotFoundError when the folder is not there or is not a checkpoint, and ValueError for one that cannot be
     read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
@@ -52,13 +54,11 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     model: PreTrainedModel
     if dist.get_rank() == 0:
         with reading_model(folder):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
-            )
+            model = read_model(folder, dtype, attn_implementation=attention.PACKED_ATTENTION)
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+                read_model_config(folder), dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
             )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

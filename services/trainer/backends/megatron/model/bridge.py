@@ -1,17 +1,69 @@
-"""megatron-bridge, with the parameter names of layers that are not as its own providers build them."""
+"""megatron-bridge, reading quantised folders too, and knowing layers that are not as its own providers build them."""
 
 from __future__ import annotations
 
-from typing import Any
+import pathlib
+from typing import Any, Self
 
+import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, ReplicatedMapping
+from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
+from megatron.bridge.models.hf_pretrained.state import StateDict, StateSource
+
+from miles.weights.hf_folder.model_config import read_model_config
+from miles.weights.hf_folder.plain_tensors import PlainTensors
 
 _GROUPED = ("mlp.experts.linear_fc1.weight*", "mlp.experts.linear_fc2.weight*")
 
 
+class FolderTensors(StateSource):  # type: ignore[misc]
+    """The tensors of a Hugging Face folder, dequantised as they are read, as megatron-bridge asks for them."""
+
+    def __init__(self, tensors: PlainTensors) -> None:
+        self._tensors = tensors
+        self._names = sorted(tensors)
+
+    def get_all_keys(self) -> list[str]:
+        """Names of all tensors."""
+        return self._names
+
+    def load_tensors(self, keys: list[str]) -> dict[str, torch.Tensor]:
+        """Some tensors by name."""
+        return {key: self._tensors[key] for key in keys if key in self._tensors}
+
+
+class PlainPretrained(PreTrainedCausalLM):  # type: ignore[misc]
+    """A Hugging Face folder whose quantised weights megatron-bridge sees as ordinary ones."""
+
+    def _load_config(self) -> Any:
+        return read_model_config(self.model_name_or_path)
+
+    @property
+    def state(self) -> StateDict:
+        """The tensors; float32 where they were quantised, which is exact, and parameters get theirs rounded once."""
+        if self._state_dict_accessor is None:
+            self._state_dict_accessor = StateDict(FolderTensors(PlainTensors(self.model_name_or_path, torch.float32)))
+        return self._state_dict_accessor
+
+
 class LayerBridge(AutoBridge):  # type: ignore[misc]
     """For layers that have `layers.all_heads_norm` where the family's bridge expects norms in parts."""
+
+    @classmethod
+    def from_folder(cls, folder: pathlib.Path) -> Self:
+        """The bridge of a Hugging Face folder's model. Raises ValueError for a model that there is no bridge for."""
+        bridge: Self = cls.from_hf_pretrained(str(folder))
+        bridge.hf_pretrained = PlainPretrained.from_pretrained(str(folder))
+        return bridge
+
+    def load_hf_weights(
+        self, model: list[Any], hf_path: str | pathlib.Path | None = None, allowed_mismatched_params: Any = None
+    ) -> list[Any]:
+        """Fill chunks with the weights of a folder; by default those of the bridge's own."""
+        source = self.hf_pretrained if hf_path is None else PlainPretrained.from_pretrained(str(hf_path))
+        self._model_bridge.load_weights_hf_to_megatron(source, model, allowed_mismatched_params)
+        return model
 
     @property
     def _model_bridge(self) -> Any:

@@ -125,7 +125,7 @@ def _bridge(folder: pathlib.Path, *, grouped: bool) -> Any:
     from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, SingleExpertBridge
 
     kind = LayerBridge if grouped else SingleExpertBridge
-    return kind.from_hf_pretrained(str(folder))
+    return kind.from_folder(folder)
 
 
 def _complete_and_load(

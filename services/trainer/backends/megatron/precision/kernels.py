@@ -53,6 +53,13 @@ def keep_high(module: Any, name: str) -> None:
     module.finish_init(QuantizationConfig(_HIGH_PRECISION, MatchContext(name, None), "train_dtype"))
 
 
+def drop_copies(chunks: Iterable[Any]) -> None:
+    """Free the FP8 copies of weights that modules keep for a pass's micro-batches; the next pass makes new ones."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
+
+
 def size_faults(name: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
     """What is wrong with matrices that are to be multiplied in FP8 on a rank."""
     return [

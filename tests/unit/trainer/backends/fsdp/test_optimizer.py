@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -60,24 +61,26 @@ def test_gradients_are_scaled_down_to_the_limit_and_no_further() -> None:
     assert gradient_of(optimizer).norm().item() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    with pytest.raises(FloatingPointError, match="norm is nan"):
-        LossScale(dynamic=False).unscale(optimizer_with_gradient([float("nan"), 4.0]))
+def test_a_smaller_scale_does_not_help_where_there_is_none() -> None:
+    scale = LossScale(dynamic=False)
+    assert math.isnan(scale.unscale(optimizer_with_gradient([float("nan"), 4.0])))
+    assert not scale.back_off()
+    assert scale.value == 1
 
 
 def test_a_dynamic_scale_skips_an_overflow_and_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 2)
     scale = LossScale(dynamic=True)
     first = scale.value
-    assert scale.unscale(optimizer_with_gradient([float("inf"), 0.0])) is None
+    assert scale.unscale(optimizer_with_gradient([float("inf"), 0.0])) == math.inf
+    assert scale.back_off()
     assert scale.value == first / 2
     for _ in range(2):
         assert scale.unscale(optimizer_with_gradient([3 * scale.value, 4 * scale.value])) == pytest.approx(5.0)
     assert scale.value == first
     while scale.value > 1:
-        assert scale.unscale(optimizer_with_gradient([float("nan"), 0.0])) is None
-    with pytest.raises(FloatingPointError):
-        scale.unscale(optimizer_with_gradient([float("nan"), 0.0]))
+        assert scale.back_off()
+    assert not scale.back_off()
 
 
 def test_vectors_are_not_decayed() -> None:

@@ -16,6 +16,7 @@ from miles.services.rollout.engines.sglang.server.flags import (
     may_compute_ahead,
     passed_through,
 )
+from miles.services.rollout.engines.sglang.server.served_model import ServedModel
 
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "m",
@@ -52,7 +53,7 @@ def test_servers_that_differ_have_their_own_gpus_and_flags(tmp_path: pathlib.Pat
 
 
 def words(options: SglangOptions, index: int = 0, max_positions: int = 4096) -> str:
-    return " ".join(command(options, index, 30000, max_positions))
+    return " ".join(command(options, index, 30000, ServedModel(options.hf_checkpoint, max_positions)))
 
 
 def test_parallel_sizes_and_gpus_follow_from_our_own_settings() -> None:
@@ -146,3 +147,23 @@ def test_servers_that_may_compute_after_their_last_result_are_known_by_their_fla
     flags: dict[str, Any], expected: bool
 ) -> None:
     assert may_compute_ahead(flags) is expected
+
+
+def test_a_folder_without_weights_starts_with_noise_and_the_draft_with_its_own() -> None:
+    options = options_of(rollout_weight_format="fp8_block", rollout_dtype="bfloat16")
+    served = ServedModel("described", 4096, has_weights=False)
+    start = " ".join(command(options, 0, 30000, served))
+    assert "--model-path described" in start
+    assert "--load-format dummy" in start
+    assert "--disable-shared-experts-fusion" in start
+    assert "draft-load-format" not in start
+    assert "--load-format" not in words(options)
+    drafted = options_of(sglang_speculative_algorithm="EAGLE3", sglang_speculative_draft_model_path="draft")
+    assert "--speculative-draft-load-format auto" in " ".join(command(drafted, 0, 30000, served))
+    assert "--disable-shared-experts-fusion" not in words(drafted)
+
+
+def test_servers_of_int4_can_keep_their_workspaces_beside_other_loaders() -> None:
+    start = words(options_of(rollout_weight_format="int4", sglang_custom_weight_loader=["a.b"]))
+    assert "--custom-weight-loader miles_marlin_workspaces.keep a.b" in start
+    assert "--custom-weight-loader" not in words(options_of(rollout_weight_format="fp8_block"))

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
+from miles.precision.layers import QuantisedLayers
+from miles.precision.recipe import Recipe
+from miles.precision.tensors import QuantisedTensors
 from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, read_layout
 from miles.weights.naming.contract import WeightContract
 
@@ -38,3 +42,24 @@ def test_weights_of_another_form_or_type_are_refused_with_what_was_wanted() -> N
         layout.refuse_misfits(good | {"b": torch.zeros(4)}, torch.float32)
     with pytest.raises(ValueError, match=r"a is torch\.float16 instead of torch\.bfloat16"):
         layout.refuse_misfits({name: tensor.half() for name, tensor in good.items()}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(format="fp8_block"), Recipe(format="int4", group_size=32)])
+def test_parts_of_quantised_matrices_are_taken_in_their_own_types_alone(recipe: Recipe) -> None:
+    kept = QuantisedLayers(but=("o_proj",))
+    recipe = dataclasses.replace(recipe, layers=kept)
+    shapes = {"l.q_proj.weight": (160, 64), "l.o_proj.weight": (64, 64), "l.norm.weight": (64,)}
+    layout = ModelLayout(shapes, 8, 8, recipe=recipe)
+    published = QuantisedTensors(recipe)
+    plain = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    good = {part: tensor for name, whole in plain.items() for part, tensor in published.convert(name, whole)}
+    layout.refuse_misfits(good, torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"the checkpoint form, quantised to {recipe.format}"):
+        layout.refuse_misfits(plain, torch.bfloat16)
+    *_, scale = (part for part in good if "scale" in part)
+    with pytest.raises(ValueError, match=rf"{scale} is torch\.float64 instead of {good[scale].dtype}"):
+        layout.refuse_misfits(good | {scale: good[scale].double()}, torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"{scale} .* is missing"):
+        layout.refuse_misfits({name: tensor for name, tensor in good.items() if name != scale}, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"o_proj.weight is torch\.float16 instead of torch\.bfloat16"):
+        layout.refuse_misfits(good | {"l.o_proj.weight": plain["l.o_proj.weight"].half()}, torch.bfloat16)

@@ -1,0 +1,85 @@
+"""What training by a recipe takes besides weights, gradients and optimizer, which stay in 16 and 32 bits.
+
+TransformerEngine quantises a matrix in the first micro-batch of a step and keeps its values and scales by rows and by
+columns, for the forward and the backward product, until they are overwritten in the next step. Emulation rounds to the
+type of the computation: fsdp on one rank in place, in the working weights; otherwise in every forward pass, whose
+backward pass needs the rounded weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from miles.memory.amount import Part, When, number
+from miles.memory.held import covered_parameters, held, is_covered
+from miles.memory.megatron import layout_of, on_rank, stage_layers
+from miles.memory.model import ModelShape
+from miles.memory.run import Run
+from miles.memory.tensors import Tensors, layer_tensors, model_tensors, mtp_tensors
+from miles.precision.recipe import Recipe
+
+KERNEL_WEIGHTS = "weights in FP8 by rows and columns"
+
+
+def by_kernels(run: Run) -> bool:
+    """Whether TransformerEngine is to compute in the trainer's format; if it is not installed, emulation does."""
+    s, recipe = run.settings, run.training
+    if recipe is None or s.train_backend != "megatron" or s.device == "cpu" or run.train_bytes != 2:
+        return False
+    asked = s.low_precision_impl
+    able = s.transformer_impl != "local" and recipe.format == "fp8_block"
+    return bool(asked == "transformer_engine" or (asked == "auto" and able))
+
+
+def notes(run: Run) -> Iterator[str]:
+    """Yield what the estimates of a run in few bits leave out, in words."""
+    if run.training is not None and by_kernels(run):
+        yield (
+            "activations are counted as in 16 bits, an upper bound: TransformerEngine keeps the inputs of matrices for "
+            "the backward pass in FP8 alone"
+        )
+        yield "TransformerEngine is taken to be installed on a GPU that has the kernels; emulation does without"
+    if run.serving is not None and run.settings.rollout_backend == "sglang":
+        yield "SGLang's copies of weights for its kernels, such as those of latent attention, are not counted"
+
+
+def low_precision_parts(run: Run, stage: int = 0) -> list[Part]:
+    """Return what a rank of a stage takes besides; nothing without a recipe, or for a model of unknown shape."""
+    shape, recipe = run.policy.shape, run.training
+    if shape is None or recipe is None:
+        return []
+    if run.settings.train_backend == "megatron":
+        return _megatron(run, shape, recipe, stage)
+    if run.alone:
+        return []  # in the working weights
+    layers = [layer_tensors(shape, layer) for layer in range(shape.layers)]
+    return _rounded(run, [covered_parameters(tensors, recipe).total for tensors in layers], 1)
+
+
+def _megatron(run: Run, shape: ModelShape, recipe: Recipe, stage: int) -> list[Part]:
+    layout = layout_of(run)
+    layers = [layer_tensors(shape, layer) for layer in stage_layers(shape, layout, stage)]
+    if stage == layout.pipeline - 1:
+        layers += [mtp_tensors(shape, number) for number in range(run.settings.mtp_num_layers or 0)]
+    counts = [on_rank(covered_parameters(tensors, recipe), shape, layout).total for tensors in layers]
+    if not by_kernels(run):
+        return _rounded(run, counts, layout.pipeline - stage)
+    each = _bytes_each(model_tensors(shape), recipe)
+    formula = f"{number(sum(counts))} parameters × 2 × {each:.5g} bytes, kept by TransformerEngine"
+    return [Part(KERNEL_WEIGHTS, int(sum(counts) * 2 * each), formula)]
+
+
+def _bytes_each(tensors: Iterable[Tensors], recipe: Recipe) -> float:
+    found = held((tensor for tensor in tensors if is_covered(tensor, recipe)), recipe, 2)
+    return found.bytes / max(1, found.parameters)
+
+
+def _rounded(run: Run, layers: list[int], in_flight: int) -> list[Part]:
+    """Return rounded weights that wait for the backward pass: of all layers, or of the one that is recomputed."""
+    s = run.settings
+    full = s.recompute_granularity == "full" if s.train_backend == "megatron" else s.gradient_checkpointing
+    count = max(layers, default=0) * (s.recompute_num_layers or 1) if full else sum(layers) * in_flight
+    times = "" if full or in_flight == 1 else f" × {in_flight} micro-batches in the pipeline"
+    which = "of the layers that are recomputed" if full else "of every layer"
+    formula = f"{number(count)} parameters {which} × {run.train_bytes} bytes{times}"
+    return [Part("rounded weights", count * run.train_bytes, formula, When.TRAINING)] if count else []
