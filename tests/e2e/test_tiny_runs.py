@@ -262,18 +262,21 @@ def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, 
     assert all(step["train/tokens_routed_differently"] == 0 for step in run.metrics())
 
 
-LOW_PRECISION = {
-    "fp8_block": {"fp8_format": "e4m3", "fp8_recipe": "blockwise"},
-    "int4": {"int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
-}
+LOW_PRECISION = [
+    pytest.param({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, id="fp8_block"),
+    pytest.param({"int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]}, id="int4"),
+    pytest.param({"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}, id="mxfp8", marks=pytest.mark.slow),
+    pytest.param({"fp4_format": "e2m1", "fp4_recipe": "nvfp4"}, id="nvfp4", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("name", list(LOW_PRECISION))
+@pytest.mark.parametrize("changes", LOW_PRECISION)
 def test_a_mixture_of_experts_learns_in_low_precision_without_mismatch(
-    services: MilesClient, tiny_moe: pathlib.Path, name: str
+    services: MilesClient, tiny_moe: pathlib.Path, changes: dict[str, object]
 ) -> None:
     """The engine computes by the weights that it was sent in the format, and the trainer by the same function."""
-    run = learn(services, tiny_moe, name, use_rollout_routing_replay=True, **LOW_PRECISION[name])
+    replay = {"use_rollout_routing_replay": True, "check_weight_update_equal": True}
+    run = learn(services, tiny_moe, "low-precision", **replay, **changes)
     assert_learned(run)
     for key in ("train_rollout_logprob_abs_diff", "train_rollout_logprob_abs_diff_max", "tokens_routed_differently"):
         assert {line[f"train/{key}"] for line in run.metrics()} == {0.0}, key

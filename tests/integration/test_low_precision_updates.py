@@ -22,7 +22,7 @@ from miles.weights.export_format import formatted
 from miles.weights.manifest import ChecksumMismatch
 
 FP8 = Recipe(format="fp8_block")
-RECIPES = {"fp8_block": FP8, "int4": Recipe(format="int4", group_size=32)}
+RECIPES = [FP8, Recipe(format="int4", group_size=32), Recipe(format="mxfp8"), Recipe(format="nvfp4")]
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def stands_for(recipe: Recipe, weights: dict[str, torch.Tensor]) -> dict[str, to
     return restored(recipe, {name: tuple(t.shape) for name, t in weights.items()}, sent, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "recipe"), zip(["qwen3", "qwen3_moe"] * 2, RECIPES, strict=True), ids=lambda v: getattr(v, "format", v)
+)
 async def test_an_engine_computes_with_what_its_quantised_weights_stand_for(
-    host: Host, tmp_path: pathlib.Path, family: str, name: str
+    host: Host, tmp_path: pathlib.Path, family: str, recipe: Recipe
 ) -> None:
-    recipe = RECIPES[name]
     weights = weights_of(save_checkpoint(tmp_path / "model", family), torch.bfloat16)
     sent = dict(formatted(QuantisedTensors(recipe), weights.items()))
     assert sum(t.nbytes for t in sent.values()) < 0.85 * sum(t.nbytes for t in weights.values())
@@ -80,8 +80,7 @@ async def test_a_served_weight_that_its_parts_do_not_stand_for_is_named(tmp_path
             await engine.load_weights(1, weights)
 
 
-@pytest.mark.parametrize("family", ["dense", "moe"])
-@pytest.mark.parametrize("name", ["fp8_block", "int4"])
+@pytest.mark.parametrize(("family", "name"), [("dense", "fp8_block"), ("moe", "int4")])
 async def test_a_trainer_sends_quantised_weights_when_asked_to(
     host: Host, tmp_path: pathlib.Path, redis_url: str, family: str, name: str
 ) -> None:

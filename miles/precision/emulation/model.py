@@ -9,7 +9,7 @@ import torch
 
 from miles.precision.emulation.experts import ExpertsRounding
 from miles.precision.emulation.linear import RoundedLinear
-from miles.precision.emulation.rounding import Rounding
+from miles.precision.emulation.rounding import Rounding, RowRounding
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 
@@ -31,8 +31,9 @@ def emulate(model: torch.nn.Module, recipe: Recipe, *, weights: bool) -> None:
     experts in the layout (experts, outputs, inputs), and ones that the format cannot hold.
     """
     layers = covered_layers(model, recipe)
-    rounding = Rounding(weight_format(recipe), recipe.rounds_inputs, weights)
-    if not (rounding.inputs or rounding.weights):
+    codec = weight_format(recipe)
+    rounding = Rounding(codec, RowRounding(codec) if recipe.rounds_inputs else None, weights)
+    if rounding.inputs is None and not weights:
         return
     for name, layer in layers.items():
         module = layer.module
@@ -64,7 +65,7 @@ def covered_layers(model: torch.nn.Module, recipe: Recipe) -> dict[str, CoveredL
         if not covered:
             continue
         layers[name] = CoveredLayer(module, covered)
-        if (problem := _why_not(module, covered)) is not None:
+        if (problem := _why_not(module)) is not None:
             faults.append(f"{name} {problem}")
             continue
         for each in covered:
@@ -79,12 +80,13 @@ def covered_layers(model: torch.nn.Module, recipe: Recipe) -> dict[str, CoveredL
     return layers
 
 
-def _why_not(module: Any, covered: tuple[str, ...]) -> str | None:
+def _why_not(module: Any) -> str | None:
     """Why the products of a module cannot be rounded; None when they can."""
     if type(module) is torch.nn.Linear:
         return None
-    if not set(covered) <= set(_EXPERTS) or not all(hasattr(module, each) for each in (*_EXPERTS, "has_gate")):
-        return f"is a {type(module).__name__}, not a linear layer"
+    kind = type(module).__name__
+    if not all(hasattr(module, each) for each in (*_EXPERTS, "has_gate")):
+        return f"is a {kind}, not a linear layer"
     if not module.has_gate or module.has_bias or module.is_transposed or not module.is_concatenated:
-        return f"({type(module).__name__}) has experts with biases, transposed, interleaved, or without gates"
+        return f"({kind}) has experts with biases, transposed, interleaved, or without gates"
     return None

@@ -10,19 +10,39 @@ from miles.precision.base import WeightFormat
 from miles.precision.rounding import rounded_inputs, rounded_weight
 
 
+class RowRounding:
+    """Rounds inputs. In inference the last ones are kept: layers that follow each other, such as q, k and v, share them.
+
+    Models do not write to what they have given to one of these layers and give to the next.
+    """
+
+    def __init__(self, weight_format: WeightFormat) -> None:
+        self._format = weight_format
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Inputs, and what they are rounded to."""
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., I) as they are multiplied."""
+        if not torch.is_inference_mode_enabled():
+            return rounded_inputs(self._format, rows)
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, self._format.rounded_rows(rows)
+        return self._last[1]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rounding:
     """Of the products with one matrix, or with those of experts in one tensor."""
 
     weight_format: WeightFormat
-    inputs: bool
-    """Whether inputs are rounded; formats of weights alone leave them as they are."""
+    inputs: RowRounding | None
+    """None for formats of weights alone."""
     weights: bool
-    """Whether weights are; false where those in the module have been rounded already."""
+    """Whether weights are rounded; false where those in the module have been rounded already."""
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Inputs (..., I) as they are multiplied."""
-        return rounded_inputs(self.weight_format, rows) if self.inputs else rows
+        return rows if self.inputs is None else self.inputs(rows)
 
     def matrix(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight of this name as it is multiplied."""
