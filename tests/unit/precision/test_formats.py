@@ -192,7 +192,7 @@ def test_matrices_that_a_format_cannot_hold_are_refused(name: str, shape: tuple[
 
 
 @hypothesis.given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=32, max_size=32), dtype=st.sampled_from(TYPES))
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(deadline=None, max_examples=50)
 def test_any_bits_are_rounded_to_what_their_parts_stand_for(bits: list[int], dtype: torch.dtype) -> None:
     weight = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).view(2, 16).to(dtype)
     for name, chosen in FORMATS.items():
