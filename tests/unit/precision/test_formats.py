@@ -156,6 +156,16 @@ def test_a_number_that_is_not_finite_stays_visible_or_saturates(name: str, dtype
         assert rounded[0].isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000, -1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_nan_is_rounded_alike(name: str, bits: int) -> None:
+    """Processors and GPUs have other bits for the result of an invalid operation."""
+    weight, usual = random_matrix(5, 32), random_matrix(5, 32)
+    weight.view(torch.int32)[3, 7] = bits
+    usual[3, 7] = float("nan")
+    assert same(FORMATS[name].rounded(weight), FORMATS[name].rounded(usual))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_go_straight_through(name: str) -> None:
     weight = random_matrix(48, 32).requires_grad_()
