@@ -23,6 +23,7 @@ _MANTISSA_BITS = 23
 _ABOVE_448 = 0x1FFFFF
 """Added to a float32's bits it carries into the exponent where the mantissa exceeds that of 448 (1.75)."""
 _EXPONENT_OF_448 = 8
+_INFINITY = 0x7F800000
 _LARGEST_EXPONENT = 254
 
 
@@ -68,5 +69,6 @@ class MxFp8:
 
 def _exponents(largest: torch.Tensor) -> torch.Tensor:
     """ceil(log2(largest / 448)) + 127, from 0 to 254, int32."""
-    exponents = (largest.view(torch.int32) + _ABOVE_448) >> _MANTISSA_BITS
+    bits = largest.view(torch.int32).clamp(max=_INFINITY)  # of NaN, whose bits differ between devices
+    exponents = (bits + _ABOVE_448) >> _MANTISSA_BITS
     return (exponents - _EXPONENT_OF_448).clamp_(0, _LARGEST_EXPONENT)

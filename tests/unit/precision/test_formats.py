@@ -156,6 +156,16 @@ def test_a_number_that_is_not_finite_stays_visible_or_saturates(name: str, dtype
         assert rounded[0].isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000, -1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_nan_is_rounded_alike(name: str, bits: int) -> None:
+    """Processors and GPUs have other bits for the result of an invalid operation."""
+    weight, usual = random_matrix(5, 32), random_matrix(5, 32)
+    weight.view(torch.int32)[3, 7] = bits
+    usual[3, 7] = float("nan")
+    assert same(FORMATS[name].rounded(weight), FORMATS[name].rounded(usual))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_go_straight_through(name: str) -> None:
     weight = random_matrix(48, 32).requires_grad_()
@@ -192,7 +202,7 @@ def test_matrices_that_a_format_cannot_hold_are_refused(name: str, shape: tuple[
 
 
 @hypothesis.given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=32, max_size=32), dtype=st.sampled_from(TYPES))
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(deadline=None, max_examples=50)
 def test_any_bits_are_rounded_to_what_their_parts_stand_for(bits: list[int], dtype: torch.dtype) -> None:
     weight = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).view(2, 16).to(dtype)
     for name, chosen in FORMATS.items():
