@@ -104,7 +104,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.usefixtures("ranks")
-@pytest.mark.parametrize(("family", "name", "dtype"), cases())
+@pytest.mark.parametrize(("family", "name", "dtype"), list(cases()))
 async def test_the_trainer_has_the_engines_log_probs_to_the_bit(
     tmp_path: pathlib.Path, family: str, name: str, dtype: str
 ) -> None:

@@ -40,7 +40,9 @@ def stands_for(recipe: Recipe, weights: dict[str, torch.Tensor]) -> dict[str, to
 
 
 @pytest.mark.parametrize(
-    ("family", "recipe"), zip(["qwen3", "qwen3_moe"] * 2, RECIPES, strict=True), ids=lambda v: getattr(v, "format", v)
+    ("family", "recipe"),
+    list(zip(["qwen3", "qwen3_moe"] * 2, RECIPES, strict=True)),
+    ids=lambda each: each.format if isinstance(each, Recipe) else each,
 )
 async def test_an_engine_computes_with_what_its_quantised_weights_stand_for(
     host: Host, tmp_path: pathlib.Path, family: str, recipe: Recipe

@@ -44,17 +44,19 @@ def padded_experts(
         raise NotImplementedError(f"{type(module).__name__}: only gated experts without biases are supported")
     module, hidden_states = _rounded(module, hidden_states)
     output_NH = torch.zeros_like(hidden_states)
-    gate_ups, downs = _matrices(module.gate_up_proj), _matrices(module.down_proj)
-    for expert in torch.unique(top_k_index).tolist():
-        if expert >= module.num_experts:
-            continue
-        token_M, rank_M = torch.where(top_k_index == expert)
-        rows_MH = pad_rows(hidden_states[token_M])
-        gate_up, down = gate_ups[expert], downs[expert]
-        if module.is_transposed:
-            gate_up, down = gate_up.T, down.T
-        rows_MI = module._apply_gate(torch.nn.functional.linear(rows_MH, gate_up))
-        rows_MH = torch.nn.functional.linear(rows_MI, down)[: token_M.shape[0]]
+    chosen = [expert for expert in torch.unique(top_k_index).tolist() if expert < module.num_experts]
+    places = [torch.where(top_k_index == expert) for expert in chosen]
+    if not chosen:
+        return output_NH
+    gate_ups, downs = (_matrices(weight, module.is_transposed) for weight in (module.gate_up_proj, module.down_proj))
+    products = [
+        torch.nn.functional.linear(pad_rows(hidden_states[token_M]), gate_ups[expert])
+        for expert, (token_M, _) in zip(chosen, places, strict=True)
+    ]
+    # Of all experts at once, for these are many small operations; cloned, so that products see aligned memory.
+    gated = module._apply_gate(torch.cat(products)).split([len(product) for product in products])
+    for expert, (token_M, rank_M), rows_MI in zip(chosen, places, gated, strict=True):
+        rows_MH = torch.nn.functional.linear(rows_MI.clone(), downs[expert])[: token_M.shape[0]]
         rows_MH = rows_MH * top_k_weights[token_M, rank_M, None]
         output_NH.index_add_(0, token_M, rows_MH.to(output_NH.dtype))
     return output_NH
@@ -69,8 +71,9 @@ def grouped_experts(
     return output_NH
 
 
-def _matrices(weight: torch.Tensor) -> Any:
-    """Each expert's matrix. Where there are gradients by unbinding, which makes one tensor of theirs, not one each."""
+def _matrices(weight: torch.Tensor, is_transposed: bool) -> Any:
+    """Each expert's matrix (O, I). Where there are gradients by unbinding: it makes one tensor of theirs, not many."""
+    weight = weight.transpose(-2, -1) if is_transposed else weight
     return weight.unbind(0) if weight.requires_grad and torch.is_grad_enabled() else weight
 
 

@@ -20,19 +20,20 @@ class NotEmulated(ValueError):
     """A recipe covers a matrix of a model in a layer that cannot be computed with rounded numbers."""
 
 
-def emulate(model: torch.nn.Module, recipe: Recipe, *, weights: bool) -> None:
+def emulate(model: torch.nn.Module, recipe: Recipe, *, weights: bool, trained: bool = True) -> None:
     """Have the matrices that a recipe covers multiplied as its format holds them; parameters keep their names.
 
     Args:
         weights: Whether weights are rounded in every forward pass, from those in the modules; otherwise these are
             rounded already and inputs alone are, where the format rounds any.
+        trained: Whether there are gradients; without, inputs that layers share are rounded once.
 
     Raises NotEmulated, before anything changed, naming covered matrices that are neither of linear layers nor of gated
     experts in the layout (experts, outputs, inputs), and ones that the format cannot hold.
     """
     layers = covered_layers(model, recipe)
     codec = weight_format(recipe)
-    rounding = Rounding(codec, RowRounding(codec) if recipe.rounds_inputs else None, weights)
+    rounding = Rounding(codec, RowRounding(codec, shares=not trained) if recipe.rounds_inputs else None, weights)
     if rounding.inputs is None and not weights:
         return
     for name, layer in layers.items():

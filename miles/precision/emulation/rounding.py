@@ -11,19 +11,21 @@ from miles.precision.rounding import rounded_inputs, rounded_weight
 
 
 class RowRounding:
-    """Rounds inputs. In inference the last ones are kept: layers that follow each other, as q, k and v do, share them.
+    """Rounds inputs. For a model that is never trained it keeps the last ones, as q, k and v share them.
 
     Models do not write to what they have given to one of these layers and give to the next.
     """
 
-    def __init__(self, weight_format: WeightFormat) -> None:
+    def __init__(self, weight_format: WeightFormat, *, shares: bool = False) -> None:
+        """`shares`: whether the model is never trained. Asking for the mode would break torch.compile's graphs."""
         self._format = weight_format
+        self._shares = shares
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         """Inputs, and what they are rounded to."""
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Inputs (..., I) as they are multiplied."""
-        if not torch.is_inference_mode_enabled():
+        if not self._shares:
             return rounded_inputs(self._format, rows)
         if self._last is None or self._last[0] is not rows:
             self._last = rows, self._format.rounded_rows(rows)

@@ -58,13 +58,21 @@ def test_a_layer_whose_weights_are_rounded_already_rounds_its_inputs_alone() -> 
 
 @torch.inference_mode()
 def test_inputs_that_layers_share_are_rounded_once_and_others_anew() -> None:
-    rows = RowRounding(weight_format(RECIPES[0]))
+    rows = RowRounding(weight_format(RECIPES[0]), shares=True)
     x_NI = torch.randn(7, 144)
     first = rows(x_NI)
     assert rows(x_NI) is first
     other = rows(x_NI * 2)
     assert torch.equal(other, first * 2)
     assert torch.equal(rows(x_NI), first)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.format)
+def test_a_layer_is_one_graph_for_torch_compile(recipe: Recipe) -> None:
+    rounded = RoundedLinear(layer(), rounding(recipe, weights=False))
+    x_NI = torch.randn(7, 144, requires_grad=True)
+    traced = torch.compile(rounded, backend="eager", fullgraph=True)
+    assert torch.equal(traced(x_NI), rounded(x_NI))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.format)

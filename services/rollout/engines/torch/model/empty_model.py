@@ -39,7 +39,7 @@ def build_empty_model(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME, experts_implementation=experts_implementation
         )
     if recipe is not None:
-        emulate(model, recipe, weights=False)
+        emulate(model, recipe, weights=False, trained=False)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from miles.precision.emulation.model import emulate
+from miles.precision.recipe import Recipe
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
 from miles.services.trainer.backends.fsdp.model.compiled_layers import OPTIONS, compile_layers
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
@@ -33,7 +35,8 @@ def run(model: Any, micro_batch: MicroBatch, *, backward: bool = True) -> None:
 
 
 @pytest.mark.slow  # the compiler traces for a minute on a busy machine
-def test_one_graph_serves_all_layers_and_all_micro_batches() -> None:
+@pytest.mark.parametrize("recipe", [None, Recipe(format="fp8_block")], ids=["full precision", "fp8_block"])
+def test_one_graph_serves_all_layers_and_all_micro_batches(recipe: Recipe | None) -> None:
     """The first one shares no prompt, so that its numbers of rows and of slots are equal; later ones differ in all."""
     from torch._dynamo.testing import CompileCounterWithBackend
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -51,6 +54,9 @@ def test_one_graph_serves_all_layers_and_all_micro_batches() -> None:
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention.PACKED_ATTENTION
         )
+    if recipe is not None:
+        emulate(model, recipe, weights=False)
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     compile_layers(model, backend=counter)
     run(model, packed(6, 4, False))
