@@ -1,7 +1,7 @@
 """Matrices as blocks that share a scale, and the largest magnitude of each.
 
-Nothing is copied but views that are not contiguous, and matrices with smaller blocks at an edge. Dims: O rows, I columns
-of a matrix, P and Q blocks along them.
+Nothing is copied but views that are not contiguous, and matrices with smaller blocks at an edge. Dims: O rows, I
+columns of a matrix, P and Q blocks along them.
 """
 
 from __future__ import annotations

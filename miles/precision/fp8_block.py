@@ -9,6 +9,7 @@ outputs, I inputs of a matrix, P and Q blocks along them, N rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 
@@ -22,6 +23,7 @@ from miles.precision.blocks import (
     largest_of_blocks,
     largest_of_groups,
 )
+from miles.precision.gpu import kernels_for
 from miles.precision.small_floats import E4M3, LARGEST_E4M3, round_to_e4m3_
 
 BLOCK = 128
@@ -65,12 +67,18 @@ class Fp8Block:
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """See `WeightFormat.rounded`."""
+        kernels = kernels_for(weight)
+        if kernels is not None:
+            return cast(torch.Tensor, kernels.round_fp8_weight(weight, self._powers))
         blocks = as_blocks(weight, BLOCK, BLOCK).float()
         factors = self._factors(largest_of_blocks(blocks), weight.dtype)
         return from_blocks(_rounded(blocks, factors, weight.dtype), weight.shape)
 
     def rounded_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Each row in groups of 128 along its last dimension, the last of which may be smaller."""
+        kernels = kernels_for(rows)
+        if kernels is not None:
+            return cast(torch.Tensor, kernels.round_fp8_rows(rows, self._powers))
         groups = as_groups(rows, BLOCK).float()
         factors = self._factors(largest_of_groups(groups), rows.dtype)
         return from_groups(_rounded(groups, factors, rows.dtype), rows.shape)

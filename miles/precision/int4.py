@@ -8,11 +8,13 @@ O outputs, I inputs, G groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 
 from miles.precision.base import Part
 from miles.precision.blocks import as_groups, largest_of_groups
+from miles.precision.gpu import kernels_for
 from miles.precision.nibbles import pack, unpack
 
 LARGEST = 7
@@ -63,6 +65,9 @@ class Int4:
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """See `WeightFormat.rounded`."""
+        kernels = kernels_for(weight)
+        if kernels is not None and self.why_not(tuple(weight.shape)) is None and self.group_size.bit_count() == 1:
+            return cast(torch.Tensor, kernels.round_int4(weight, self.group_size, SMALLEST_SCALE))
         values, scales = self._values(weight)
         return values.mul_(scales.float()).flatten(-2).to(weight.dtype)
 

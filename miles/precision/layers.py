@@ -13,7 +13,7 @@ _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")
 _ROUTERS = ("gate", "router", "shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
 HIGH_PRECISION_MODULES = frozenset((*_EMBEDDINGS, *_ROUTERS, "lm_head", "head", "eh_proj", "weights_proj"))
 """Last parts of the names of modules that no format covers: embeddings, heads and routers, what joins the inputs of MTP
-layers, and the head weights of sparse attention's indexer; published FP8 models keep them too. Gemma 3n's coefficients
+layers, and the head weights of sparse attention's indexer, which SGLang has in 16 bits too. Gemma 3n's coefficients
 are a few numbers for each token. Norms and biases, which have one dimension, are not covered either."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPRESSION = "re:"

@@ -38,5 +38,5 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
 def _round_(numbers: torch.Tensor, *, mantissa_bits: int, smallest_exponent: int) -> torch.Tensor:
     """Numbers of magnitude 2 ** e to the nearest multiple of 2 ** (max(e, smallest) - mantissa_bits), ties to even."""
     exponents = (numbers.view(torch.int32) & _EXPONENT).clamp_(min=(smallest_exponent + _BIAS) << _MANTISSA_BITS)
-    per_number = torch.sub((2 * _BIAS + mantissa_bits) << _MANTISSA_BITS, exponents).view(torch.float32)
-    return numbers.mul_(per_number).round_().div_(per_number)
+    steps = exponents.sub_(mantissa_bits << _MANTISSA_BITS).view(torch.float32)
+    return numbers.div_(steps).round_().mul_(steps)

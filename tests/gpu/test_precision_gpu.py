@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from format_cases import FORMATS, SHAPES, TYPES, matrices, random_matrix, same
+from format_cases import FORMATS, SHAPES, TYPES, matrices, numbers_that_are_not_finite, random_matrix, same
 from packed_weights import comparisons
 
 from miles.precision.nibbles import unpack
@@ -24,15 +24,6 @@ needs_transformer_engine = pytest.mark.skipif(
 BLOCK_SCALES = {"fp8_block": False, "fp8_block, powers of two": True}
 TILED = ((128, 128), (304, 144), (16, 1008))
 """Shapes that TransformerEngine takes: multiples of 16."""
-
-
-def numbers_that_are_not_finite(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
-    found = []
-    for number in (float("inf"), -float("inf"), float("nan")):
-        weight = random_matrix(*shape).to(dtype)
-        weight.view(-1)[7] = number
-        found.append((str(number), weight))
-    return found
 
 
 @pytest.mark.parametrize("dtype", [*TYPES, torch.float16])

@@ -43,6 +43,16 @@ def matrices(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, 
     yield "whole", torch.randint(-500, 500, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def numbers_that_are_not_finite(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    """Matrices with one such number: infinity of both signs, and at last NaN."""
+    found = []
+    for number in (float("inf"), -float("inf"), float("nan")):
+        weight = random_matrix(*shape).to(dtype)
+        weight.view(-1)[7] = number
+        found.append((str(number), weight))
+    return found
+
+
 def block_maxima(name: str, matrix: torch.Tensor) -> torch.Tensor:
     """At each element of (O, I) the largest magnitude in its block, float64."""
     height, width = BLOCKS[name.partition(",")[0]]
