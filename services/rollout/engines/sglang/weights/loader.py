@@ -73,8 +73,9 @@ class WeightLoader:
     async def prepare(self) -> None:
         """Read the layout of the model's parameters."""
         share_by_name()
+        given = self._options
         self._layout = await asyncio.to_thread(
-            read_layout, self._options.hf_checkpoint, self._options.contract, self._options.recipe
+            read_layout, given.hf_checkpoint, given.contract, given.recipe, self._dtype
         )
         model = await asyncio.to_thread(self._served_model)
         for replica in self._servers.replicas:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from miles.precision.layers import QuantisedLayers
 from miles.precision.recipe import Recipe
 from miles.precision.tensors import QuantisedTensors
-from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, read_layout
+from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, parts_of, read_layout
 from miles.weights.naming.contract import WeightContract
 
 CHECKPOINT = WeightContract(form="checkpoint")
@@ -49,7 +49,7 @@ def test_parts_of_quantised_matrices_are_taken_in_their_own_types_alone(recipe: 
     kept = QuantisedLayers(but=("o_proj",))
     recipe = dataclasses.replace(recipe, layers=kept)
     shapes = {"l.q_proj.weight": (160, 64), "l.o_proj.weight": (64, 64), "l.norm.weight": (64,)}
-    layout = ModelLayout(shapes, 8, 8, recipe=recipe)
+    layout = ModelLayout(shapes, 8, 8, parts=parts_of(recipe, shapes, torch.bfloat16))
     published = QuantisedTensors(recipe)
     plain = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     good = {part: tensor for name, whole in plain.items() for part, tensor in published.convert(name, whole)}
