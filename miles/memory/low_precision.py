@@ -1,9 +1,9 @@
 """What training by a recipe takes besides weights, gradients and optimizer, which stay in 16 and 32 bits.
 
 TransformerEngine quantises a matrix in the first micro-batch of a step and keeps its values and scales by rows and by
-columns, for the forward and the backward product, until they are overwritten in the next step. Emulation rounds to the
-type of the computation: fsdp on one rank in place, in the working weights; otherwise in every forward pass, whose
-backward pass needs the rounded weights.
+columns, for the forward and the backward product, until the next step overwrites them or the trainer is parked.
+Emulation rounds to the type of the computation: fsdp on one rank in place, in the working weights; several ranks in
+every forward pass, whose backward pass needs the rounded weights; Megatron once for all micro-batches of a step.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def low_precision_parts(run: Run, stage: int = 0) -> list[Part]:
         return _megatron(run, shape, recipe, stage)
     if run.alone:
         return []  # in the working weights
-    layers = [layer_tensors(shape, layer) for layer in range(shape.layers)]
-    return _rounded(run, [covered_parameters(tensors, recipe).total for tensors in layers], 1)
+    each = [covered_parameters(layer_tensors(shape, layer), recipe).total for layer in range(shape.layers)]
+    if run.settings.gradient_checkpointing:
+        return _rounded(run, max(each), "of the layer that is recomputed")
+    return _rounded(run, sum(each), "of every layer")
 
 
 def _megatron(run: Run, shape: ModelShape, recipe: Recipe, stage: int) -> list[Part]:
@@ -63,7 +65,7 @@ def _megatron(run: Run, shape: ModelShape, recipe: Recipe, stage: int) -> list[P
         layers += [mtp_tensors(shape, number) for number in range(run.settings.mtp_num_layers or 0)]
     counts = [on_rank(covered_parameters(tensors, recipe), shape, layout).total for tensors in layers]
     if not by_kernels(run):
-        return _rounded(run, counts, layout.pipeline - stage)
+        return _rounded(run, sum(counts), "of this rank, once for all micro-batches")
     each = _bytes_each(model_tensors(shape), recipe)
     formula = f"{number(sum(counts))} parameters × 2 × {each:.5g} bytes, kept by TransformerEngine"
     return [Part(KERNEL_WEIGHTS, int(sum(counts) * 2 * each), formula)]
@@ -74,12 +76,6 @@ def _bytes_each(tensors: Iterable[Tensors], recipe: Recipe) -> float:
     return found.bytes / max(1, found.parameters)
 
 
-def _rounded(run: Run, layers: list[int], in_flight: int) -> list[Part]:
-    """Return rounded weights that wait for the backward pass: of all layers, or of the one that is recomputed."""
-    s = run.settings
-    full = s.recompute_granularity == "full" if s.train_backend == "megatron" else s.gradient_checkpointing
-    count = max(layers, default=0) * (s.recompute_num_layers or 1) if full else sum(layers) * in_flight
-    times = "" if full or in_flight == 1 else f" × {in_flight} micro-batches in the pipeline"
-    which = "of the layers that are recomputed" if full else "of every layer"
-    formula = f"{number(count)} parameters {which} × {run.train_bytes} bytes{times}"
+def _rounded(run: Run, count: int, which: str) -> list[Part]:
+    formula = f"{number(count)} parameters {which} × {run.train_bytes} bytes"
     return [Part("rounded weights", count * run.train_bytes, formula, When.TRAINING)] if count else []

@@ -101,12 +101,10 @@ def trainer_parts(run: Run, stage: int = 0) -> tuple[list[Part], list[Part]]:
     device = [*state, *activation_parts(run, stage), host.buckets_part(run)]
     if not run.parks:
         return device, others
-    stays = (KERNEL_WEIGHTS,)
-    kept = [part for part in state if part.when is When.ALWAYS and part.name not in stays]
+    kept = [part for part in state if part.when is When.ALWAYS and part.name != KERNEL_WEIGHTS]  # which are freed
     moved = sum(part.bytes for part in kept if not part.name.endswith("gradients"))
     parked = Part("parked trainer", moved, "weights and optimizer of a rank while the engines work, pinned")
-    turns = [part if part.name in stays else dataclasses.replace(part, when=When.TRAINING) for part in device]
-    return turns, [*others, parked]
+    return [dataclasses.replace(part, when=When.TRAINING) for part in device], [*others, parked]
 
 
 def report_of(run: Run, cluster: Cluster, placement: Placement | None) -> Report:

@@ -94,7 +94,7 @@ def test_one_rank_of_fsdp_computes_with_copies_of_this_size(
     assert named(trainer_state(found)[0], "working weights") == copies
 
 
-def test_shards_and_pipelines_hold_what_each_forward_pass_rounded(model: pathlib.Path) -> None:
+def test_shards_and_pipelines_hold_what_they_rounded_until_the_backward_pass(model: pathlib.Path) -> None:
     sharded = {"actor_num_gpus_per_node": 2, **INT4}
     covered = 3 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 704)
     assert named(trainer_state(run(model, **sharded))[0], "rounded weights") == 4 * covered
@@ -103,12 +103,10 @@ def test_shards_and_pipelines_hold_what_each_forward_pass_rounded(model: pathlib
     pipeline = {"train_backend": "megatron", "actor_num_gpus_per_node": 3, "pipeline_model_parallel_size": 3}
     found = run(model, **INT4, **pipeline, train_dtype="float32")
     each = [named(trainer_state(found, stage)[0], "rounded weights") for stage in range(3)]
-    assert each == [4 * covered // 3 * in_flight for in_flight in (3, 2, 1)]
+    assert each == [4 * covered // 3] * 3
 
 
-def test_transformer_engine_keeps_two_copies_in_fp8_which_stay_when_the_trainer_is_parked(
-    tmp_path: pathlib.Path,
-) -> None:
+def test_transformer_engine_keeps_two_copies_in_fp8_until_the_trainer_is_parked(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(DEEPSEEK.read_text())
     layout = {"actor_num_nodes": 16, "actor_num_gpus_per_node": 8, "expert_model_parallel_size": 64, "host": "10.0.0.1",
               "use_distributed_optimizer": True, "n_samples_per_prompt": 8, "rollout_batch_size": 32}  # fmt: skip
@@ -118,7 +116,7 @@ def test_transformer_engine_keeps_two_copies_in_fp8_which_stay_when_the_trainer_
     device, host = trainer_parts(found)
     kept = next(part for part in device if part.name == KERNEL_WEIGHTS)
     weights = named(device, "policy weights")
-    assert kept.when is When.ALWAYS
+    assert kept.when is When.TRAINING
     assert 0.9 * weights < kept.bytes < weights  # all but embedding, head and routers, at two bytes each
     assert named(host, "parked trainer") == weights + named(device, "policy optimizer")
     emulated = run(tmp_path, "cuda", **MEGATRON, **layout, **FP8, train_dtype="bfloat16", low_precision_impl="emulated")
