@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from serving_cluster import serving, wait_for
 from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
@@ -20,6 +22,7 @@ from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
 from miles.client import MilesClient
 from miles.client.commands import check_samples
 from miles.rpc import ExitCode
+from miles.services.trainer.convert import main as convert
 from miles.telemetry.trace_budget import budget
 from miles.telemetry.trace_files import read_trace
 from miles.types.stored import read_groups
@@ -282,6 +285,42 @@ def test_a_mixture_of_experts_learns_in_low_precision_without_mismatch(
         assert {line[f"train/{key}"] for line in run.metrics()} == {0.0}, key
     whole_gb = (tiny_moe / "model" / "model.safetensors").stat().st_size / 1e9
     assert all(line["perf/update_weights_gb"] < 0.4 * whole_gb for line in run.metrics())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("conversion", "training"),
+    [
+        (["hf-to-fp8"], {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}),
+        (["hf-to-int4", "--int4-group-size", "32"], {"int4_qat": True}),
+    ],
+    ids=["fp8", "int4"],
+)
+def test_a_run_starts_from_a_folder_in_its_format_and_the_next_from_its_export(
+    services: MilesClient, tiny_moe: pathlib.Path, conversion: list[str], training: dict[str, object]
+) -> None:
+    source = tiny_moe / conversion[0]
+    direction, *options = conversion
+    plain = ["--hf-checkpoint", str(tiny_moe / "model"), "--dtype", "float32"]
+    assert convert([direction, *options, *plain, "--save", str(source)]) == 0
+    for turn in range(2):
+        config = settings(tiny_moe, name=f"{direction}-{turn}", num_rollout=2, save_hf_format="rollout", **training)
+        config |= {"use_rollout_routing_replay": True, "check_weight_update_equal": True}
+        config |= {"hf_checkpoint": str(source), "prompt_data": str(config["prompt_data"])}
+        job = wait_for(services, services.submit(config)["id"], lambda job: job["state"] == "succeeded")
+        run_dir = pathlib.Path(job["config"]["run_dir"])
+        assert [step["train/train_rollout_logprob_abs_diff"] for step in Records(run_dir).metrics()] == [0.0] * 2
+        (export,) = (run_dir / "hf").iterdir()
+        names = []
+        for each in (source, export):
+            with safe_open(each / "model.safetensors", "pt") as file:
+                names.append(set(file.keys()))
+        assert names[0] == names[1]
+        assert any(name.endswith(("_packed", "_scale_inv")) for name in names[1])
+        stated = [json.loads((each / "config.json").read_text())["quantization_config"] for each in (source, export)]
+        assert stated[0] == stated[1]
+        source = tiny_moe / f"{direction}-{turn}-export"
+        shutil.copytree(export, source)
 
 
 def test_an_adapter_learns_over_updates_of_an_adapter_alone(services: MilesClient, tiny_dense: pathlib.Path) -> None:
