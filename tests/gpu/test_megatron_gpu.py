@@ -292,7 +292,7 @@ def low_case(name: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
     is_moe = "num_experts" in json.loads((model / "config.json").read_text())
     routing: dict[str, Any] = {"routing": True, **REPLAY} if is_moe else {}
     file = str(folder / f"{name}-{{rollout_id}}-{{rank}}.pt")
-    return case(name, model, save_debug_train_data=file, **routing, **flags)
+    return case(name, model, save_debug_train_data=file, rollout_dtype="bfloat16", **routing, **flags)
 
 
 def far(folder: pathlib.Path, *names: str) -> float:
@@ -324,7 +324,7 @@ def test_kernels_of_fp8_compute_as_emulation_does(tmp_path: pathlib.Path, family
     assert far(tmp_path, "emulated", "kernels") < 0.75 * rounding
     assert far(tmp_path, "kernels", "recomputed") < rounding / 10
     assert 0 < far(tmp_path, "mostly", "plain") < rounding
-    assert_trained_alike(tmp_path, "emulated", "kernels")
+    assert_trained_alike(tmp_path, "emulated", "kernels", tolerance=0.1)
     assert_trained_alike(tmp_path, "kernels", "recomputed", tolerance=0.01)
     if experts:
         assert far(tmp_path, "kernels", "single") < 0.75 * rounding
@@ -342,7 +342,7 @@ def test_kernels_of_fp8_compute_on_two_gpus_as_on_one(tmp_path: pathlib.Path, la
     cases = [low_case("one", tmp_path, **FP8), low_case("plain", tmp_path)]
     run_cases(cases, tmp_path, megatron=False)
     run_cases([low_case("two", tmp_path, **FP8, **layout)], tmp_path, ranks=2, megatron=False)
-    assert_trained_alike(tmp_path, "one", "two")
+    assert_trained_alike(tmp_path, "one", "two", tolerance=0.1)
     if layout.get("tensor_model_parallel_size"):  # each of the others has the log-probabilities of some samples
         assert far(tmp_path, "one", "two") < 0.75 * far(tmp_path, "one", "plain")
 
