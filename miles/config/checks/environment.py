@@ -34,7 +34,7 @@ from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
 from miles.config.eval_sets import READ as EVAL_READ
 from miles.config.eval_sets import eval_sets
-from miles.config.job import JobConfig
+from miles.config.job import JobConfig, examine
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
@@ -55,8 +55,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 def check_environment(config: JobConfig) -> list[Fault]:
     """Return every fault of a configuration on this machine. Opens files and tries ports, but writes nothing."""
-    flat = config.to_flat()
-    return environment_faults(FlatSettings(flat, given=flat, invalid=()))
+    return environment_faults(examine(config.to_flat()).settings)
 
 
 def environment_faults(settings: FlatSettings, assumed: Cluster | None = None) -> list[Fault]:
