@@ -1,6 +1,6 @@
 """Bytes of a version in each weight format, by transport, and the memory that receiving it takes.
 
-Publishes a slice of Qwen3-30B-A3B (a few layers with fewer experts, random weights) as a trainer does, first whole and
+Publishes a slice of Qwen3-30B-A3B (one layer with fewer experts, random weights) as a trainer does, first whole and
 then after one step of the optimizer, to the weightsync service; a process that keeps the parts as they come, as an
 engine does, follows it. Prints per format and transport what was written, what the receiver got, and by how much the
 peak of its resident memory, shared pages included, rose. The line of the whole model is computed from its shapes.
@@ -42,7 +42,7 @@ FORMATS: Mapping[str, ExportFormat] = {
     "int4, every matrix": QuantisedTensors(Recipe(format="int4")),
 }
 TRANSPORTS = ("shared_memory", "grpc_chunks", "disk_delta")
-_SLICE = {"num_hidden_layers": 2, "num_experts": 16, "vocab_size": 4096}
+_SLICE = {"num_hidden_layers": 1, "num_experts": 16, "vocab_size": 4096}
 _STEP = 1e-5
 """By which each weight moves in a step, up or down: Adam's first with this learning rate."""
 

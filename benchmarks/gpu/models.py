@@ -20,9 +20,9 @@ WIDE = {
 def config_of(kind: str) -> Any:
     """Configuration of `dense` (0.18 B parameters), `moe` (0.4 B, 32 experts) or `large` (2 B: 4 GB in bfloat16).
 
-    `wide` has four layers of Llama-3-8B's sizes, `wider` two of Llama-3-70B's, and `wide-served` 24 of
-    Qwen3-4B's (2.6 B). `tiny`, `tiny-moe` and `tiny-wide` have the shapes of others, and next to no arithmetic: for a
-    CPU.
+    `wide` has four layers of Llama-3-8B's sizes, `wider` two of Llama-3-70B's, and `wide-served` 24 of Qwen3-4B's
+    (2.6 B); `wide-moe` is a mixture of 2.8 B, of which a token meets 0.9 B. `tiny`, `tiny-moe` and `tiny-wide` have the
+    shapes of others, and next to no arithmetic: for a CPU.
     """
     from transformers import Qwen3Config, Qwen3MoeConfig
 
@@ -60,6 +60,18 @@ def config_of(kind: str) -> Any:
     if kind in WIDE:
         sizes: dict[str, Any] = dict(zip(WIDE_SIZES, WIDE[kind], strict=True))
         return Qwen3Config(**common | {"head_dim": 128, "tie_word_embeddings": False} | sizes)
+    if kind == "wide-moe":
+        return Qwen3MoeConfig(
+            **common | {"head_dim": 128, "tie_word_embeddings": False},
+            hidden_size=2048,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1024,
+            norm_topk_prob=True,
+        )
     if kind == "tiny":
         return Qwen3Config(**common, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     if kind == "tiny-moe":
@@ -74,7 +86,9 @@ def config_of(kind: str) -> Any:
             moe_intermediate_size=32,
             norm_topk_prob=True,
         )
-    raise ValueError(f"no model called {kind!r}: choose dense, moe, large, {', '.join(WIDE)}, tiny or tiny-moe")
+    raise ValueError(
+        f"no model called {kind!r}: choose dense, moe, large, {', '.join(WIDE)}, wide-moe, tiny or tiny-moe"
+    )
 
 
 def write_tokenizer(folder: pathlib.Path, vocabulary: int = VOCABULARY) -> None:

@@ -1,12 +1,14 @@
 """Tokens per second through the rollout service against bare `sglang.Engine`, on the same groups and settings.
 
     python -m benchmarks.gpu.sglang_throughput --tokens 256 --deadline 190
-    python -m benchmarks.gpu.sglang_throughput --cases wide wide-fp8 wide-int4 --groups 32 --tokens 256
+    python -m benchmarks.gpu.sglang_throughput --cases wide wide-fp8 --groups 32 --tokens 256
+    python -m benchmarks.gpu.sglang_throughput --cases wide-moe wide-moe-int4 --groups 32 --tokens 256
     python -m benchmarks.gpu.sglang_throughput --device cpu --python .venv-sglang/bin/python --groups 4 --tokens 32
 
 Random models (0.18 B dense, 0.4 B mixture of experts; on a CPU tiny ones) answer groups that are all there at once:
 random prompts of 64 tokens, 8 samples each, of a length that random models seldom end before, log-probabilities on.
-The cases `wide` are a dense model of 2.6 B in bfloat16, and the same weights in FP8 and in INT4.
+The cases `wide` and `wide-moe` are a dense model (2.6 B) and a mixture (2.8 B) in bfloat16, and the same weights in FP8
+and, as far as routed experts go, in INT4.
 The two are `bare` and `service` of `benchmarks.gpu.peers`. The servers of all cases start at the same time, before
 anything is measured. Then one case after the other has short rounds that warm both up, and rounds that alternate
 between them. After each case its row is printed, with medians and, of the ratio, the smallest and largest of
@@ -40,16 +42,15 @@ CASES = {
     "moe-routing": ("moe", True),
     "wide": ("wide-served", False),
     "wide-fp8": ("wide-served-fp8", False),
-    "wide-int4": ("wide-served-int4", False),
+    "wide-moe": ("wide-moe", False),
+    "wide-moe-fp8": ("wide-moe-fp8", False),
+    "wide-moe-int4": ("wide-moe-int4", False),
 }
 """Model, and whether routed experts are recorded."""
 DEFAULT_CASES = ("dense", "moe", "moe-routing")
-CONVERSIONS = {
-    "fp8": ("hf-to-fp8",),
-    "int4": ("hf-to-int4", "--int4-layers", "."),
-}
+CONVERSIONS = {"fp8": "hf-to-fp8", "int4": "hf-to-int4"}
 """Of `miles convert`, by the end of a model's name."""
-TINY = {"dense": "tiny", "moe": "tiny-moe", "wide-served": "tiny-wide"}
+TINY = {"dense": "tiny", "moe": "tiny-moe", "wide-served": "tiny-wide", "wide-moe": "tiny-moe"}
 """What a CPU has instead."""
 WARM_UP_TOKENS = 32
 WARM_UPS = 2
@@ -89,8 +90,7 @@ def model_of(kind: str, folder: pathlib.Path, *, on_gpu: bool) -> pathlib.Path:
         return folder / size if (folder / size).exists() else write_checkpoint(folder / size, size, weights=True)
     if not (folder / kind).exists():
         plain = model_of(name, folder, on_gpu=on_gpu)
-        direction, *more = CONVERSIONS[form]
-        command = [sys.executable, "-m", "miles.cli", "convert", direction, "--hf-checkpoint", str(plain), *more]
+        command = [sys.executable, "-m", "miles.cli", "convert", CONVERSIONS[form], "--hf-checkpoint", str(plain)]
         subprocess.run([*command, "--save", str(folder / kind)], cwd=REPOSITORY, check=True)
     return folder / kind
 

@@ -261,9 +261,8 @@ def _report_mismatch(
         reducer.report_tokens("train_rollout_kl", approximate_kl(rollout_T, train_T, "low_var_kl"))
     metrics_T = dict(correction.metrics_T) if correction else {}
     if config.get_mismatch_metrics:
-        rollout_T = keep_log_probs(
-            batch.mask_T, _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "get_mismatch_metrics")
-        )
+        sampled_T = _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "get_mismatch_metrics")
+        rollout_T = keep_log_probs(batch.mask_T, sampled_T)
         metrics_T |= mismatch_metrics(train_T, rollout_T, batch.mask_T.bool(), batch.packing)
     if metrics_T:
         metrics_T["ois"] = bounded_exp(terms.log_ratio_T.detach())

@@ -16,9 +16,9 @@ from miles.precision.base import WeightFormat
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 from miles.precision.rounding import as_matrices
+from miles.precision.small_floats import powers_of_two
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_BIAS_OF_E8M0 = 127
 
 
 def layer_of(name: str) -> int | None:
@@ -160,7 +160,6 @@ def _scales(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     product = torch.ones(())
     for suffix, part in parts.items():
         if "scale" in suffix:
-            exponents = part.dtype == torch.uint8
-            own = torch.ldexp(torch.ones(()), part.cpu().int() - _BIAS_OF_E8M0) if exponents else part.cpu().float()
+            own = powers_of_two(part.int()).cpu() if part.dtype == torch.uint8 else part.cpu().float()
             product = product * (own if product.dim() <= own.dim() or not own.dim() else own.unsqueeze(-1))
     return product

@@ -262,40 +262,21 @@ def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, 
     assert all(step["train/tokens_routed_differently"] == 0 for step in run.metrics())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"fp8_format": "e4m3", "fp8_recipe": "mxfp8"},
-        {"fp4_format": "e2m1", "fp4_recipe": "nvfp4"},
-    ],
-    ids=["mxfp8", "nvfp4"],
-)
-def test_an_engine_of_emulated_low_precision_has_the_trainers_log_probs(
+LOW_PRECISION = [
+    pytest.param({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, id="fp8_block"),
+    pytest.param({"int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]}, id="int4"),
+    pytest.param({"fp8_format": "e4m3", "fp8_recipe": "mxfp8"}, id="mxfp8", marks=pytest.mark.slow),
+    pytest.param({"fp4_format": "e2m1", "fp4_recipe": "nvfp4"}, id="nvfp4", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("changes", LOW_PRECISION)
+def test_a_mixture_of_experts_learns_in_low_precision_without_mismatch(
     services: MilesClient, tiny_moe: pathlib.Path, changes: dict[str, object]
 ) -> None:
-    replay = {"use_rollout_routing_replay": True, "check_weight_update_equal": True}
-    config = settings(tiny_moe, name="low-precision", num_rollout=3, **replay, **changes)
-    config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
-    job = wait_for(services, services.submit(config)["id"], lambda job: job["state"] == "succeeded")
-    steps = Records(pathlib.Path(job["config"]["run_dir"])).metrics()
-    assert [step["train/train_rollout_logprob_abs_diff"] for step in steps] == [0.0] * 3
-    assert all(step["train/tokens_routed_differently"] == 0 for step in steps)
-    assert all(step["train/grad_norm"] > 0 for step in steps)
-
-
-LOW_PRECISION = {
-    "fp8_block": {"fp8_format": "e4m3", "fp8_recipe": "blockwise"},
-    "int4": {"int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
-}
-
-
-@pytest.mark.parametrize("name", list(LOW_PRECISION))
-def test_a_mixture_of_experts_learns_in_low_precision_without_mismatch(
-    services: MilesClient, tiny_moe: pathlib.Path, name: str
-) -> None:
     """The engine computes by the weights that it was sent in the format, and the trainer by the same function."""
-    run = learn(services, tiny_moe, name, use_rollout_routing_replay=True, **LOW_PRECISION[name])
+    replay = {"use_rollout_routing_replay": True, "check_weight_update_equal": True}
+    run = learn(services, tiny_moe, "low-precision", **replay, **changes)
     assert_learned(run)
     for key in ("train_rollout_logprob_abs_diff", "train_rollout_logprob_abs_diff_max", "tokens_routed_differently"):
         assert {line[f"train/{key}"] for line in run.metrics()} == {0.0}, key

@@ -2,7 +2,7 @@
 
     python -m pytest -m gpu tests/gpu/test_sglang_precision_gpu.py
 
-One server per format, about 100 s to start where nothing is compiled yet.
+Starts a server per format at once, which takes about 100 s where nothing is compiled yet.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -91,13 +90,13 @@ class Policy:
             return reference_log_probs(self.model, prompt, response.tokens), plain
 
 
-@pytest.fixture(scope="module", params=list(RECIPES))
+@pytest.fixture(params=list(RECIPES))
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     return RECIPES[request.param]
 
 
 @pytest.fixture(scope="module")
-def policies(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> list[Policy]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Policy]:
     """Two of one architecture with other weights."""
     folder = tmp_path_factory.mktemp("sglang")
     made = []
@@ -106,23 +105,55 @@ def policies(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> list[P
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(DTYPE))
-        made.append(Policy(folder / str(seed), model, RoutingReplay(model), recipe))
+        made.append(Policy(folder / str(seed), model, RoutingReplay(model), RECIPES["fp8_block"]))
     return made
 
 
+@pytest.fixture
+def policies(models: list[Policy], recipe: Recipe) -> list[Policy]:
+    return [dataclasses.replace(policy, recipe=recipe) for policy in models]
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(
-    recipe: Recipe, policies: list[Policy], tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[SglangEngine]:
-    """FP8 on a folder in bfloat16, INT4 on one that says that it is INT4."""
-    folder, logs = policies[0].folder, tmp_path_factory.mktemp("logs")
-    if recipe.format == "int4":
-        shapes = {name: tuple(tensor.shape) for name, tensor in policies[0].plain().items()}
-        write_folder(folder.with_name("stated"), str(folder), served_quantisation(recipe, shapes))
-        folder = folder.with_name("stated")
-    given = options(folder, logs, recipe=recipe, memory_saver=True, routed_experts=True, server_flags=FLAGS)
-    async with running(given) as started:
-        yield started
+async def engines(
+    models: list[Policy], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Mapping[str, SglangEngine | BaseException]]:
+    """Started at once: FP8 on a folder in bfloat16, INT4 on one of INT4, and bfloat16 on one of FP8."""
+    folder, logs = models[0].folder, tmp_path_factory.mktemp("logs")
+    shapes = {name: tuple(tensor.shape) for name, tensor in models[0].plain().items()}
+    stated = {name: folder.with_name(name) for name in RECIPES}
+    for name, written in stated.items():
+        write_folder(written, str(folder), served_quantisation(RECIPES[name], shapes))
+    chosen: dict[str, tuple[pathlib.Path, Recipe | None]] = {
+        "fp8_block": (folder, RECIPES["fp8_block"]),
+        "int4": (stated["int4"], RECIPES["int4"]),
+        "as_trained": (stated["fp8_block"], None),
+    }
+    started = {
+        name: SglangEngine(
+            options(where, logs, name=name, recipe=served, memory_saver=True, routed_experts=True, server_flags=FLAGS)
+        )
+        for name, (where, served) in chosen.items()
+    }
+    outcomes = await asyncio.gather(*(engine.start() for engine in started.values()), return_exceptions=True)
+    yield {
+        name: engine if outcome is None else outcome
+        for (name, engine), outcome in zip(started.items(), outcomes, strict=True)
+    }
+    await asyncio.gather(*(engine.close() for engine in started.values()))
+
+
+def started(engines: Mapping[str, SglangEngine | BaseException], name: str) -> SglangEngine:
+    """The engine, unless it could not be started."""
+    engine = engines[name]
+    if isinstance(engine, BaseException):
+        raise engine
+    return engine
+
+
+@pytest.fixture
+def engine(engines: Mapping[str, SglangEngine | BaseException], recipe: Recipe) -> SglangEngine:
+    return started(engines, recipe.format)
 
 
 def together(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -245,18 +276,13 @@ async def test_memory_that_was_released_comes_back_with_the_next_version(
 
 
 async def test_a_folder_in_fp8_is_served_as_it_was_trained(
-    policies: list[Policy], recipe: Recipe, tmp_path: pathlib.Path
+    engines: Mapping[str, SglangEngine | BaseException], models: list[Policy]
 ) -> None:
-    if recipe.format != "fp8_block":
-        pytest.skip("the same for every format")
-    policy = policies[0]
-    write_folder(tmp_path / "stated", str(policy.folder), served_quantisation(recipe, {}))
-    assert "quantization_config" in json.loads((tmp_path / "stated" / "config.json").read_text())
-    async with running(options(tmp_path / "stated", tmp_path / "logs", routed_experts=True)) as plain:
-        await plain.load_weights(1, together(policy.plain()))
-        response = await respond(plain, prompt_of(20), experts=True)
-        _, wanted = policy.log_probs(response, prompt_of(20))
-        assert float((torch.tensor(response.log_probs, dtype=torch.float64) - wanted).abs().max()) < 0.1
+    plain, policy = started(engines, "as_trained"), models[0]
+    await plain.load_weights(1, together(policy.plain()))
+    response = await respond(plain, prompt_of(20), experts=True)
+    _, wanted = policy.log_probs(response, prompt_of(20))
+    assert float((torch.tensor(response.log_probs, dtype=torch.float64) - wanted).abs().max()) < 0.1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of both sides")

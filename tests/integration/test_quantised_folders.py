@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch_engine_models import Response, reference_log_probs, respond, running_engine
 from trainer_cases import job_config, random_groups
 
+from miles.checkpoint_folder import folder_name
 from miles.config import JobConfig
+from miles.precision.of_run import rollout_recipe
 from miles.precision.quantization_config import recipe_of
-from miles.services.rollout.engines.checkpoint_weights import read_published, read_weights
+from miles.services.rollout.engines.checkpoint_weights import read_published
 from miles.services.trainer.ranks.worker import create_backend
 from miles.weights.hf_folder.plain_tensors import PlainTensors
 from miles.weights.hf_folder.pretrained import read_model
@@ -50,7 +52,8 @@ def same_tensor(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def config_of(folder: pathlib.Path, run_dir: pathlib.Path, **changes: object) -> JobConfig:
-    return job_config(folder, run_dir=str(run_dir), log_samples_per_step=0, rollout_dtype="bfloat16", **changes)
+    changes = {"rollout_dtype": "bfloat16", **changes}
+    return job_config(folder, run_dir=str(run_dir), log_samples_per_step=0, **changes)
 
 
 @pytest.mark.usefixtures("ranks")
@@ -61,7 +64,7 @@ def test_fsdp_trains_one_and_writes_either_form(tmp_path: pathlib.Path, family: 
         backend = create_backend(
             config_of(folder, tmp_path / "run", save_hf_format=form), tmp_path, torch.device("cpu")
         )
-        backend.load()
+        state = backend.load()
         try:
             backend.save_hf(tmp_path / form)
             if form == "as_trained":
@@ -69,22 +72,34 @@ def test_fsdp_trains_one_and_writes_either_form(tmp_path: pathlib.Path, family: 
                 for sample in (sample for group in groups for sample in group.samples):
                     sample.rollout_log_probs = np.full(len(sample.tokens) - sample.prompt_length, -3.0, np.float32)
                 assert backend.train(0, groups, lambda progress: None)["train/grad_norm"] > 0
+                backend.save(tmp_path / "run" / "checkpoints" / folder_name(1), state)
+                backend.save_hf(tmp_path / "trained")
         finally:
             backend.close()
     plain = PlainTensors(folder, torch.bfloat16)
     assert same(parts(tmp_path / "as_trained"), dict(plain))
     assert "quantization_config" not in json.loads((tmp_path / "as_trained" / "config.json").read_text())
     assert same(parts(tmp_path / "rollout"), parts(folder))
+    resumed = create_backend(config_of(folder, tmp_path / "run"), tmp_path / "run" / "checkpoints", torch.device("cpu"))
+    resumed.load()
+    try:
+        resumed.save_hf(tmp_path / "resumed")
+    finally:
+        resumed.close()
+    assert same(parts(tmp_path / "resumed"), parts(tmp_path / "trained"))
+    assert not same(parts(tmp_path / "resumed"), parts(tmp_path / "as_trained"))
     assert recipe_of(json.loads((tmp_path / "rollout" / "config.json").read_text())) == plain.recipe
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES[1:3])
-def test_the_torch_engine_serves_what_its_parts_stand_for(tmp_path: pathlib.Path, family: str, kind: str) -> None:
-    folder = write_quantised(family, tmp_path / "model", RECIPES[kind])
-    weights = read_weights(str(folder), "float32")
+@pytest.mark.parametrize("form", ["auto", "as_trained"])
+def test_the_torch_engine_serves_what_its_parts_stand_for(tmp_path: pathlib.Path, form: str) -> None:
+    folder = write_quantised("Qwen3-MoE", tmp_path / "model", RECIPES["int4, experts"])
+    config = config_of(folder, tmp_path / "run", rollout_dtype="float32", rollout_weight_format=form)
+    weights, recipe = read_published(config), rollout_recipe(config)
+    assert any(name.endswith("_packed") for name in weights) is (recipe is not None) is (form == "auto")
 
     async def answer() -> Response:
-        async with running_engine(folder, weights) as engine:
+        async with running_engine(folder, weights, recipe=recipe) as engine:
             return await respond(engine, PROMPT, max_new_tokens=8, seed=1)
 
     tokens, log_probs, _ = asyncio.run(answer())

@@ -310,11 +310,7 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("tls_ca", s.tls_ca, problem, "give a PEM file of certificates")
 
 
-def _devices(s: FlatSettings) -> Iterator[Fault]:
-    yield from gpu_faults(s)
-
-
-_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
+_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, gpu_faults)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,

@@ -17,8 +17,9 @@ from miles.config.schema.flat_settings import FlatSettings
 
 Model = Mapping[str, Any]
 
-_OWN_TYPE = {"MiniMaxM2ForCausalLM": "minimax_m2"}
-"""Types of architectures whose code was published with a model before transformers had it, under another type."""
+_OWN_TYPE = {"MiniMaxM2ForCausalLM": "minimax_m2", "DeepseekV3ForCausalLM": "deepseek_v3"}
+"""Types of architectures that models are published with under another type: before transformers had their code, or, as
+Kimi K2, with code of their own that says the same."""
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "deepseek_sparse_attention"}
 """Types of layers in which a row sees other rows through attention alone."""
@@ -57,7 +58,7 @@ def _unknown(s: FlatSettings, model: Model) -> Fault | None:
     kind, architecture = str(model["model_type"]), _architecture(model)
     own = _OWN_TYPE.get(architecture, kind)
     if own != kind:
-        problem = f"its config.json calls a {architecture} a {kind}, which is another model in transformers"
+        problem = f"its config.json calls a {architecture} a {kind}, which transformers knows as a {own}"
         return Fault("hf_checkpoint", s.hf_checkpoint, problem, f"set model_type to {own} in it")
     if kind not in known_models.TYPES:
         problem = f"{known_models.TRANSFORMERS} has no causal language model of type {kind}"

@@ -23,6 +23,7 @@ from miles.config.rules.precision import (
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.schema.precision_variables import SCALES
 from miles.memory.model import ModelShape, shape_of
 from miles.precision.number_types import AUTO
 from miles.precision.of_run import (
@@ -99,7 +100,8 @@ def _agreement(s: FlatSettings, folder: Recipe, model: dict[str, Any], shape: Mo
         yield Fault("int4_group_size", s.int4_group_size, problem, remedy)
     scales = _SCALES[folder.power_of_two_scales]
     if folder.format == "fp8_block" and s.fp8_block_scales not in (None, scales):
-        yield Fault("fp8_block_scales", s.fp8_block_scales, f"the FP8 weights {where} have {scales}", "leave it out")
+        remedy = f"leave it out, and {SCALES} unset"
+        yield Fault("fp8_block_scales", s.fp8_block_scales, f"the FP8 weights {where} have {scales} scales", remedy)
     said = [key for key in EXCEPTIONS if getattr(s, key) not in (None, False, ())]
     chosen = folder.format == "int4" and s.int4_layers != catalog()["int4_layers"].default
     if shape is None or not (said or chosen):

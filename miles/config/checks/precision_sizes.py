@@ -103,6 +103,22 @@ def cut_problem(recipe: Recipe, shape: ModelShape, *, tensor: int, expert_tensor
     return None
 
 
+def other_blocks(recipe: Recipe, shape: ModelShape, *, tensor: int, expert_tensor: int) -> str | None:
+    """The first covered matrix that shares a block with others, or with another rank's part, in Megatron's parameters.
+
+    Kernels round these as they lie there: heads of queries, keys and values in turn, and gates with ups.
+    """
+    for each, _, ranks, dimension in _on_ranks(recipe, shape, tensor, expert_tensor):
+        leaf, run = each.name.rpartition(".")[2], each.shape[dimension] // ranks
+        if shape.latent is None and leaf in _FUSED["qkv"]:
+            run = shape.head_dim
+        elif ranks == 1 and leaf not in _FUSED["gate_up"]:
+            continue
+        if cut_fault(recipe, dimension, run) is not None:
+            return each.name
+    return None
+
+
 def _on_ranks(
     recipe: Recipe, shape: ModelShape, tensor: int, expert_tensor: int
 ) -> Iterator[tuple[Tensors, str, int, int]]:

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.precision_sizes import coverage
+from miles.config.checks.precision_sizes import coverage, other_blocks
 from miles.config.notes.registry import Note, noted
 from miles.config.rules.precision import switch, why_emulated
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.precision_variables import asked_by
 from miles.memory.model import shape_of
 from miles.precision.number_types import AUTO
-from miles.precision.of_run import folder_recipe, rollout_recipe_of, training_recipe_of
+from miles.precision.of_run import folder_recipe, rollout_recipe_of, training_format, training_recipe_of
 from miles.precision.recipe import Recipe
 from miles.precision.te_config import PrecisionFileError
 
@@ -49,6 +49,27 @@ def recipes_of_trainer_and_engines(s: FlatSettings) -> Iterator[Note]:
     if trained is None:
         text += "; the trainer computes in train_dtype, and use_tis or use_mis corrects for the difference"
     yield Note("rollout_weight_format", asked, text)
+
+
+@noted
+def blocks_of_kernels(s: FlatSettings) -> Iterator[Note]:
+    if training_format(s) is None or s.low_precision_impl == "emulated" or why_emulated(s) is not None:
+        return
+    model = read_json_object(pathlib.Path(s.hf_checkpoint or "") / "config.json")
+    try:
+        trained, shape = training_recipe_of(s, model), shape_of(model)
+    except PrecisionFileError:
+        return  # a rule or a check reports it
+    if trained is None or shape is None:
+        return
+    sizes = {"tensor": s.tensor_model_parallel_size, "expert_tensor": s.expert_tensor_parallel_size}
+    if (name := other_blocks(trained, shape, **sizes)) is not None:
+        text = (
+            f"TransformerEngine's kernels round {name}, among others, in blocks that it shares with what lies beside "
+            "it in Megatron's parameters, so that the trainer's weights differ from those that engines are sent; with "
+            "emulated they are the same"
+        )
+        yield Note("low_precision_impl", s.low_precision_impl, text)
 
 
 @noted

@@ -13,7 +13,7 @@ from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.precision_variables import contradicted
 from miles.engine_spec import ENGINE_SPECS, engine_spec
-from miles.precision.number_types import AUTO
+from miles.precision.number_types import AUTO, decide
 from miles.precision.of_run import module_patterns, training_format
 from miles.precision.te_config import BASE64, PrecisionFileError
 
@@ -135,7 +135,7 @@ def why_emulated(s: FlatSettings) -> str | None:
         return "TransformerEngine computes on GPUs alone, and device is cpu"
     if s.transformer_impl == "local":
         return "transformer_impl = local has layers without TransformerEngine"
-    if s.train_dtype == "float32":
+    if decide(s.train_dtype, s.rollout_dtype, {}).train_dtype != "bfloat16":
         return "TransformerEngine's kernels go with train_dtype = bfloat16"
     return None
 

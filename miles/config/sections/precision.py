@@ -68,7 +68,7 @@ class PrecisionConfig(Section):
     rollout_weight_format: Literal["auto", "as_trained", "fp8_block", "int4", "mxfp8", "nvfp4"] = "auto"
     """Format in which weights are published and served: rollout_dtype (as_trained), FP8 with a scale per block of
     128 × 128 (fp8_block), packed INT4 (int4), or formats of coming GPUs (mxfp8, nvfp4; torch engine alone). auto is
-    what config.json of hf_checkpoint says, and as_trained where it says nothing."""
+    what config.json of hf_checkpoint says, or else the trainer's format, or else as_trained."""
 
     extra_high_precision_layers_hf: Annotated[tuple[str, ...], Metavar("PART")] = ()
     """Parts of the names of further weights that are kept out of the formats of trainer and engines."""

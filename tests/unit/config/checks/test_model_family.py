@@ -45,7 +45,12 @@ def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[
         (
             {"model_type": "minimax", "architectures": ["MiniMaxM2ForCausalLM"]},
             {},
-            "a MiniMaxM2ForCausalLM a minimax, which is another model in transformers; set model_type to minimax_m2",
+            "a MiniMaxM2ForCausalLM a minimax, which transformers knows as a minimax_m2; set model_type to minimax_m2",
+        ),
+        (
+            {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]},
+            {},
+            "which transformers knows as a deepseek_v3; set model_type to deepseek_v3",
         ),
         (
             {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},

@@ -61,7 +61,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
     ),
     (
         MOE, FP8_FOLDER, {"fp8_block_scales": "power_of_two"},
-        "fp8_block_scales = power_of_two, but the FP8 weights of hf_checkpoint have float32; leave it out",
+        "fp8_block_scales = power_of_two, but the FP8 weights of hf_checkpoint have float32 scales; leave it out",
     ),
     (
         MOE, FP8_FOLDER, {"first_last_layers_bf16": True},

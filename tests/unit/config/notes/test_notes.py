@@ -266,3 +266,30 @@ def test_a_folder_in_few_bits_says_what_engines_get_and_how_much_of_the_model(tm
     )
     trained, _ = said(hf_checkpoint=str(tmp_path), fp8_format="e4m3", fp8_recipe="blockwise")
     assert "of the layers' weights, as config.json of hf_checkpoint has them; it is emulated" in trained
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "named"),
+    [
+        ({}, {}, None),
+        ({"head_dim": 64}, {}, "model.layers.0.self_attn.q_proj"),
+        ({"intermediate_size": 192}, {}, "model.layers.0.mlp.gate_proj"),
+        ({"hidden_size": 192}, {}, None),
+        ({}, {"tensor_model_parallel_size": 2}, None),
+        ({"intermediate_size": 384}, {"tensor_model_parallel_size": 2}, "model.layers.0.mlp.gate_proj"),
+    ],
+)
+def test_kernels_with_other_blocks_than_engines_are_noted(
+    tmp_path: pathlib.Path, sizes: dict[str, int], layout: dict[str, int], named: str | None
+) -> None:
+    model = {
+        "model_type": "qwen3", "num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 512,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(model | sizes))
+    flags = {"fp8_format": "e4m3", "fp8_recipe": "blockwise", "hf_checkpoint": str(tmp_path), "num_gpus_per_node": 2}
+    changes = {**MEGATRON, "device": "cuda", "actor_num_gpus_per_node": 2, **flags, **layout}
+    noted = [str(note) for note in notes(examine(MINIMAL | changes).settings) if "blocks that it shares" in str(note)]
+    assert [f"TransformerEngine's kernels round {named}, among others" in note for note in noted] == (
+        [] if named is None else [True]
+    )

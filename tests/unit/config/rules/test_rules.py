@@ -866,6 +866,16 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "low_precision_impl = transformer_engine, but TransformerEngine computes on GPUs alone, and device is cpu",
     ),
     (
+        {
+            **FP8,
+            "low_precision_impl": "transformer_engine",
+            "train_backend": "megatron",
+            "device": "cuda",
+            "rollout_dtype": "float32",
+        },
+        "low_precision_impl = transformer_engine, but TransformerEngine's kernels go with train_dtype = bfloat16",
+    ),
+    (
         {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "megatron", "transformer_impl": "local"},
         "low_precision_impl = transformer_engine, but transformer_impl = local has layers without TransformerEngine",
     ),

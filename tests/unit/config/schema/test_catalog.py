@@ -24,7 +24,7 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --fp8-block-scales --int4-qat --int4-group-size --int4-layers --low-precision-impl
-    --precision-metrics-interval --max-nonfinite-steps
+    --precision-metrics-interval --max-nonfinite-steps --save-hf-format
     --observe-rollout-routing --dynamic-sampling-max-dropped-batches
     --custom-generate-timeout-s --custom-settings
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval

@@ -3,7 +3,9 @@
 Servers allocate a model's parameters by `quantization_config` in config.json. A job may serve a folder's model in
 another format than the folder's: then servers start from a folder of their own, with the same description and
 tokenizer, and with `quantization_config` of the job's recipe, but without weights. They come with the first version,
-so that no other quantiser has a part in them, and no server ever holds the weights in another format.
+so that no other quantiser has a part in them, and no server ever holds the weights in another format. What no version
+brings is as without a checkpoint: SGLang's noise has a fixed seed that makes scales of keys and values negative, which
+stands for 1.
 """
 
 from __future__ import annotations

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import TYPE_CHECKING
 
 import torch
 
-from miles.config.checks.json_file import read_json_object
+from miles.services.trainer.backends.megatron.model.engine_layers import ABSENT, why_no_engine
 from miles.services.trainer.backends.megatron.precision.choice import low_precision
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
 
-LOCAL_ONLY = {"gemma2": "megatron-bridge's soft-capped attention for its layers takes no packed sequences"}
-"""Model types whose layers are Megatron-Core's own even where TransformerEngine is installed, each with the reason."""
-
 HOPPER = (9, 0)
-_ABSENT = "it is not installed"
 
 
 def uses_transformer_engine(config: JobConfig) -> bool:
@@ -28,19 +23,9 @@ def uses_transformer_engine(config: JobConfig) -> bool:
         return False
     problem = why_no_engine(config) or _needs_local_layers(config)
     if problem is not None and asked == "transformer_engine":
-        way_out = "install it, or set it to local" if problem == _ABSENT else "set it to local"
+        way_out = "install it, or set it to local" if problem == ABSENT else "set it to local"
         raise ValueError(f"transformer_impl = transformer_engine, but {problem}; {way_out}")
     return problem is None
-
-
-def why_no_engine(config: JobConfig) -> str | None:
-    """Why a model's layers cannot be TransformerEngine's; None when they can."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    if not HAVE_TE:
-        return _ABSENT
-    kind = read_json_object(pathlib.Path(str(config.rollout.hf_checkpoint)) / "config.json").get("model_type")
-    return LOCAL_ONLY.get(str(kind))
 
 
 def _needs_local_layers(config: JobConfig) -> str | None:

@@ -20,6 +20,7 @@ from miles.services.trainer.backends.megatron.parallel.groups import ParallelRan
 from miles.services.trainer.backends.megatron.parallel.response_head import response_logits
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows, padded_rows
 from miles.services.trainer.backends.megatron.precision import kernels
+from miles.services.trainer.backends.megatron.precision.rounding import rounded_once
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch
 
 OutputT = TypeVar("OutputT")
@@ -49,6 +50,9 @@ class Pipeline:
         self._mtp = mtp
         self._parallel = parallel
         self._device = device
+        self._rounding = [
+            module for chunk in model.bare_chunks for module in chunk.modules() if hasattr(module, "roundings")
+        ]
         self._chunk_of = {id(chunk): index for index, chunk in enumerate(model.chunks)}
 
     def run(
@@ -97,6 +101,7 @@ class Pipeline:
         schedule = get_forward_backward_func()
         numbers = [iter(range(len(padded))) for _ in self._model.chunks]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(rounded_once(self._rounding))
             if mtp is not None:
                 stack.enter_context(mtp.enabled(trained_tokens or 0))
             collected: list[tuple[int, Any]] = schedule(

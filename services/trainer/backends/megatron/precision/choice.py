@@ -11,6 +11,7 @@ import torch
 
 from miles.precision.of_run import training_recipe
 from miles.precision.recipe import Recipe
+from miles.services.trainer.backends.megatron.model.engine_layers import why_no_engine
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -62,8 +63,6 @@ def low_precision(config: JobConfig) -> LowPrecision | None:
 
 def why_no_kernels(config: JobConfig, recipe: Recipe) -> str | None:
     """Why TransformerEngine's kernels cannot compute by a recipe here; None when they can."""
-    from miles.services.trainer.backends.megatron.model.transformer_engine import why_no_engine
-
     if recipe.format not in _OF_ENGINE:
         return f"it does not round to {recipe.format} as engines are served"
     if config.megatron.transformer_impl == "local":

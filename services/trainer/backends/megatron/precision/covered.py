@@ -58,7 +58,8 @@ def apply_recipe(low: LowPrecision, config: Any, tasks: Iterable[Any]) -> None:
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         shown = "; ".join(faults[:_SHOWN])
-        way_out = "name them in extra_high_precision_layers_hf, change the layout, or use train_backend fsdp"
+        other = "low_precision_impl emulated" if low.by_engine else "train_backend fsdp"
+        way_out = f"name them in extra_high_precision_layers_hf, change the layout, or use {other}"
         raise ValueError(f"these cannot be computed in {low.recipe.format}: {shown}{more}; {way_out}")
 
 

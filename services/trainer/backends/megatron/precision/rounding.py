@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ class Rounding:
         self._format = weight_format
         self._matrices = matrices
         self._covered = covered
+        self._keeps = False
+        self._kept: torch.Tensor | None = None
 
     def weight(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """What exported parts of its matrices stand for, (O, I) in its dtype; gradients go straight through."""
@@ -30,7 +34,32 @@ class Rounding:
 
     def values(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """`weight` without gradient."""
-        return self._matrices.rounded(weight_OI, self._covered, self._format.rounded)
+        if self._kept is not None:
+            return self._kept.detach()
+        rounded = self._matrices.rounded(weight_OI, self._covered, self._format.rounded)
+        if self._keeps:
+            self._kept = rounded
+        return rounded.detach()
+
+    def keep(self, *, keeps: bool) -> None:
+        """Whether the rounded weight is kept from its next use on; what was kept is freed."""
+        self._keeps, self._kept = keeps, None
+
+
+@contextlib.contextmanager
+def rounded_once(modules: Iterable[Any]) -> Iterator[None]:
+    """Inside the block, in which weights do not change, each weight that these modules round is rounded once.
+
+    A pass without recomputation holds all rounded weights for its backward half anyway.
+    """
+    roundings = [rounding for module in modules for rounding in getattr(module, "roundings", {}).values()]
+    for rounding in roundings:
+        rounding.keep(keeps=True)
+    try:
+        yield
+    finally:
+        for rounding in roundings:
+            rounding.keep(keeps=False)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -5,7 +5,7 @@ import torch
 
 from miles.precision.fp8_block import Fp8Block
 from miles.services.trainer.backends.megatron.precision.matrices import GateAndUp, Matrices, QueryGroups, Whole
-from miles.services.trainer.backends.megatron.precision.rounding import Rounding
+from miles.services.trainer.backends.megatron.precision.rounding import Rounding, rounded_once
 
 HEAD, COLUMNS = 40, 200
 FORMAT = Fp8Block()
@@ -57,6 +57,21 @@ def test_gradients_go_straight_through(layout: Matrices, count: int) -> None:
     assert weight.grad.equal(gradient)
     assert weight.equal(before)
     assert not rounded.equal(before)
+
+
+def test_a_weight_is_rounded_once_in_a_block_and_anew_after_it() -> None:
+    module = torch.nn.Linear(COLUMNS, HEAD)
+    rounding = Rounding(FORMAT, Whole(("o",)), (True,))
+    module.roundings = {"weight": rounding}  # type: ignore[assignment]
+    with rounded_once([module]):
+        first, second = (rounding.weight(module.weight) for _ in range(2))
+        assert first.data_ptr() == second.data_ptr()
+        (first.sum() + 2 * second.sum()).backward()
+    assert module.weight.grad is not None
+    assert (module.weight.grad == 3).all()
+    with torch.no_grad():
+        module.weight.add_(1)
+    assert rounding.weight(module.weight).equal(FORMAT.rounded(module.weight))
 
 
 def test_experts_without_rows_have_nothing_to_round() -> None:
