@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from miles.config.checks.environment import model_faults
 from miles.config.checks.gpus import demand_of, gpu_faults
 from miles.config.checks.json_file import read_json_object
+from miles.config.checks.model import model_faults
 from miles.config.command.flags import CommandLine
 from miles.config.job import JobConfig, examine, resolution
 from miles.config.schema.faults import ConfigError, Fault, RunFault

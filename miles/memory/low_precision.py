@@ -8,14 +8,16 @@ every forward pass, whose backward pass needs the rounded weights; Megatron once
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 
 from miles.memory.amount import Part, When, number
 from miles.memory.held import covered_parameters, held, is_covered
 from miles.memory.megatron import layout_of, on_rank, stage_layers
 from miles.memory.model import ModelShape
+from miles.memory.parameters import Parameters
 from miles.memory.run import Run
-from miles.memory.tensors import Tensors, layer_tensors, model_tensors, mtp_tensors
+from miles.memory.tensors import layer_tensors, model_tensors, mtp_tensors
 from miles.precision.recipe import Recipe
 
 KERNEL_WEIGHTS = "weights in FP8 by rows and columns"
@@ -52,7 +54,7 @@ def low_precision_parts(run: Run, stage: int = 0) -> list[Part]:
         return _megatron(run, shape, recipe, stage)
     if run.alone:
         return []  # in the working weights
-    each = [covered_parameters(layer_tensors(shape, layer), recipe).total for layer in range(shape.layers)]
+    each = [_covered(shape, layer, recipe).total for layer in range(shape.layers)]
     if run.settings.gradient_checkpointing:
         return _rounded(run, max(each), "of the layer that is recomputed")
     return _rounded(run, sum(each), "of every layer")
@@ -60,19 +62,26 @@ def low_precision_parts(run: Run, stage: int = 0) -> list[Part]:
 
 def _megatron(run: Run, shape: ModelShape, recipe: Recipe, stage: int) -> list[Part]:
     layout = layout_of(run)
-    layers = [layer_tensors(shape, layer) for layer in stage_layers(shape, layout, stage)]
+    layers = [_covered(shape, layer, recipe) for layer in stage_layers(shape, layout, stage)]
     if stage == layout.pipeline - 1:
-        layers += [mtp_tensors(shape, number) for number in range(run.settings.mtp_num_layers or 0)]
-    counts = [on_rank(covered_parameters(tensors, recipe), shape, layout).total for tensors in layers]
+        numbers = range(run.settings.mtp_num_layers or 0)
+        layers += [covered_parameters(mtp_tensors(shape, number), recipe) for number in numbers]
+    count = on_rank(sum(layers, Parameters()), shape, layout).total
     if not by_kernels(run):
-        return _rounded(run, sum(counts), "of this rank, once for all micro-batches")
-    each = _bytes_each(model_tensors(shape), recipe)
-    formula = f"{number(sum(counts))} parameters × 2 × {each:.5g} bytes, kept by TransformerEngine"
-    return [Part(KERNEL_WEIGHTS, int(sum(counts) * 2 * each), formula)]
+        return _rounded(run, count, "of this rank, once for all micro-batches")
+    each = _bytes_each(shape, recipe)
+    formula = f"{number(count)} parameters × 2 × {each:.5g} bytes, kept by TransformerEngine"
+    return [Part(KERNEL_WEIGHTS, int(count * 2 * each), formula)]
 
 
-def _bytes_each(tensors: Iterable[Tensors], recipe: Recipe) -> float:
-    found = held((tensor for tensor in tensors if is_covered(tensor, recipe)), recipe, 2)
+@functools.lru_cache(maxsize=4096)
+def _covered(shape: ModelShape, layer: int, recipe: Recipe) -> Parameters:
+    return covered_parameters(layer_tensors(shape, layer), recipe)
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes_each(shape: ModelShape, recipe: Recipe) -> float:
+    found = held((tensor for tensor in model_tensors(shape) if is_covered(tensor, recipe)), recipe, 2)
     return found.bytes / max(1, found.parameters)
 
 

@@ -15,21 +15,14 @@ from typing import Any
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
-from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
-from miles.config.checks.engine_model import engine_faults
-from miles.config.checks.expert_kernels import dispatcher_faults
-from miles.config.checks.export_format import export_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.model_family import family_faults
-from miles.config.checks.model_layout import layout_faults, shape_differences
+from miles.config.checks.model import MODEL_CHECKS
+from miles.config.checks.model_layout import shape_differences
 from miles.config.checks.outputs import output_faults
-from miles.config.checks.precision import precision_faults
 from miles.config.checks.precision_variables import variable_faults
-from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
-from miles.config.checks.served_precision import served_precision_faults
 from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
 from miles.config.eval_sets import READ as EVAL_READ
@@ -71,11 +64,6 @@ def environment_faults(settings: FlatSettings, assumed: Cluster | None = None) -
 def file_faults(settings: FlatSettings) -> list[Fault]:
     """Check files and functions only: what matters for a job on services that are already running."""
     return _run(_FILE_CHECKS, settings)
-
-
-def model_faults(settings: FlatSettings) -> list[Fault]:
-    """Check what config.json says of the model alone: whether trainer and engines of such settings can have it."""
-    return _run(_MODEL_CHECKS, settings)
 
 
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
@@ -322,21 +310,10 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
 
 
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, gpu_faults)
-_MODEL_CHECKS: tuple[Rule, ...] = (
-    form_faults,
-    family_faults,
-    layout_faults,
-    architecture_faults,
-    dispatcher_faults,
-    engine_faults,
-    precision_faults,
-    served_precision_faults,
-    export_faults,
-)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,
-    *_MODEL_CHECKS,
+    *MODEL_CHECKS,
     variable_faults,
     _server_groups,
     _data_files,
