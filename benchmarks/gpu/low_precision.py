@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import queue
@@ -27,6 +28,7 @@ import re
 import statistics
 import sys
 import threading
+import time
 from typing import Any
 
 from benchmarks.gpu.gpu_busy import watching
@@ -110,7 +112,7 @@ def _text(path: pathlib.Path) -> str:
 def measure(args: argparse.Namespace, name: str, gpu: str | None, cores: list[int]) -> dict[str, Any]:
     """One run, on this GPU alone and on these cores, if any are given."""
     folder = (args.runs / name).absolute()
-    flags = [*BACKENDS[args.backend], *VARIANTS[name], "--use-tis"]
+    flags = [*BACKENDS[args.backend], *VARIANTS[name], "--use-tis", "--no-save-optim"]
     flags += ["--train-dtype", args.dtype, "--rollout-dtype", args.dtype, "--eval-interval", str(args.steps)]
     flags += ["--rollout-batch-size", str(args.prompts), "--n-samples-per-prompt", str(args.samples)]
     if args.device == "cuda":
@@ -120,8 +122,10 @@ def measure(args: argparse.Namespace, name: str, gpu: str | None, cores: list[in
             flags += ["--sglang-log-level", "info"]  # says how much memory the weights take
             flags += ["--sglang-cuda-graph-bs-decode", *map(str, sorted({requests // 8, requests // 2, requests}))]
             flags += ["--max-running-requests", str(requests)]
+    left_s = max(1.0, args.until - time.monotonic())
+    limited = argparse.Namespace(**vars(args) | {"deadline": min(args.deadline, left_s)})
     with watching(folder / "memory.csv", "memory.used", gpu):
-        result = run(args, flags, folder, gpu=gpu, cores=cores)
+        result = run(limited, flags, folder, gpu=gpu, cores=cores)
     return result | details(folder)
 
 
@@ -169,12 +173,14 @@ def main() -> None:
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of both, beside the formats"
     )
     parser.add_argument("--deadline", type=float, default=180.0, help="seconds that each run may take")
+    parser.add_argument("--total", type=float, default=math.inf, help="seconds that all of them may take")
     parser.add_argument("--gpus", nargs="+", default=[], help="numbers of GPUs, each of which takes one run at a time")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/low-precision"), help="folder for runs")
     parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
+    args.until = time.monotonic() + args.total
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     results = measure_all(args)
     print("\n" + table(results, ROWS, args.device))
