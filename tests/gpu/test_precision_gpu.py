@@ -62,6 +62,7 @@ def test_large_matrices_are_rounded_as_their_rows_are(name: str) -> None:
 
 def block_quantised(weight: torch.Tensor, *, dimensions: int, powers: bool) -> Any:
     """By TransformerEngine."""
+    import transformer_engine.pytorch  # noqa: F401  (it loads the library of the next one)
     import transformer_engine_torch
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 
