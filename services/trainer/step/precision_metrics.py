@@ -36,7 +36,10 @@ class PrecisionMetrics:
 
     @contextlib.contextmanager
     def observing(self, modules_of: Callable[[Recipe], Inputs]) -> Iterator[None]:
-        """Look at the inputs of the modules that a recipe covers inside the block; recomputed ones count twice."""
+        """Look at the inputs of modules that a recipe covers inside the block, in passes with gradient alone.
+
+        Others may be of a reference that takes the policy's place.
+        """
         recipe = next((each for each in (self._training, self._rollout) if each and each.rounds_inputs), None)
         if recipe is None:  # weights alone are rounded
             yield
@@ -68,6 +71,7 @@ class PrecisionMetrics:
 
 def _looker(statistics: InputStatistics, layer: int) -> Any:
     def look(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        statistics.add(layer, arguments[0].detach())
+        if torch.is_grad_enabled():
+            statistics.add(layer, arguments[0].detach())
 
     return look

@@ -892,6 +892,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         'extra_high_precision_layers_hf = ["q"], but it does nothing without a format: fp8_format, fp4_format,',
     ),
     (
+        {"precision_metrics_interval": 5},
+        "precision_metrics_interval = 5, but it does nothing without a format: fp8_format, fp4_format,",
+    ),
+    (
         {"rollout_weight_format": "fp8_block", "int4_layers": ["."]},
         'int4_layers = ["."], but neither trainer nor engines compute in int4; set int4_qat or rollout_weight_format',
     ),
