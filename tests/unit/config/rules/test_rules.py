@@ -892,7 +892,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         'extra_high_precision_layers_hf = ["q"], but it does nothing without a format: fp8_format, fp4_format,',
     ),
     (
-        {"precision_metrics_interval": 5},
+        {"rollout_weight_format": "as_trained", "precision_metrics_interval": 5},
         "precision_metrics_interval = 5, but it does nothing without a format: fp8_format, fp4_format,",
     ),
     (
