@@ -141,6 +141,14 @@ def why_emulated(s: FlatSettings) -> str | None:
 
 
 @rule
+def compiled_layers_have_no_format(s: FlatSettings) -> Iterator[Fault]:
+    if s.torch_compile and s.train_backend == "fsdp" and training_format(s) is not None:
+        key = switch(s)
+        why = f"compiled graphs have not been seen to round as engines do, and {key} = {_shown(s, key)}"
+        yield Fault("torch_compile", True, why, "leave one of them out")
+
+
+@rule
 def adapters_have_no_format(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_rank and (trained := training_format(s)) is not None and s.rollout_weight_format == "as_trained":
         key = switch(s)

@@ -16,7 +16,7 @@ from miles.precision.statistics import InputStatistics, WeightStatistics, input_
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.precision.recipe import Recipe
-    from miles.precision.statistics import Rounding
+    from miles.precision.statistics import LayerStatistics
 
 Inputs = Iterable[tuple[int, torch.nn.Module]]
 """Number of the decoder layer and module, whose first argument is multiplied by a matrix that is rounded."""
@@ -63,7 +63,7 @@ class PrecisionMetrics:
                 own.add(name, weight)
         inputs = {} if self._inputs is None else self._inputs.layers
         self._inputs = None
-        found: list[tuple[dict[int, Rounding], dict[int, Rounding]]] = [({}, {}) for _ in range(ranks)]
+        found: list[tuple[dict[int, LayerStatistics], dict[int, LayerStatistics]]] = [({}, {}) for _ in range(ranks)]
         dist.all_gather_object(found, (own.layers, inputs))
         by_weight, by_input = zip(*found, strict=True)
         return weight_metrics(merged(by_weight)) | input_metrics(merged(by_input))
