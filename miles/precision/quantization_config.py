@@ -12,6 +12,10 @@ from miles.precision.layers import QuantisedLayers
 from miles.precision.recipe import FP8_BLOCK, Recipe
 
 _BLOCK = (FP8_BLOCK, FP8_BLOCK)
+QUANTISED_BY = ("quantization_config", "compression_config")
+"""Where config.json says how weights are quantised; the second is what compressed-tensors called it first."""
+_NO_ORDER = (None, False, "static", "weight")
+"""Values of `actorder` by which a group is consecutive columns."""
 
 
 class UnknownQuantisation(ValueError):
@@ -23,8 +27,8 @@ def recipe_of(model_config: Mapping[str, Any]) -> Recipe | None:
 
     Raises UnknownQuantisation.
     """
-    stated = model_config.get("quantization_config")
-    if not isinstance(stated, Mapping):
+    stated = next((model_config[key] for key in QUANTISED_BY if isinstance(model_config.get(key), Mapping)), None)
+    if stated is None:
         return None
     match stated.get("quant_method"):
         case "fp8":
@@ -85,16 +89,34 @@ def _fp8(stated: Mapping[str, Any]) -> Recipe:
 
 def _int4(stated: Mapping[str, Any]) -> Recipe:
     groups = list((stated.get("config_groups") or {}).values())
-    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+    group = groups[0] if len(groups) == 1 else {}
+    weights = group.get("weights") or {}
     known = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    weights = {"num_bits": 8, **weights}  # compressed-tensors' own, if nothing is stated
     wrong = {key: weights.get(key) for key, value in known.items() if weights.get(key, value) != value}
     if len(groups) != 1 or wrong or stated.get("format") != "pack-quantized" or not weights.get("group_size"):
         raise UnknownQuantisation(
             f"its compressed-tensors weights are {stated.get('format')} {wrong or ''} in {len(groups)} groups of "
             "modules; only one group of symmetric INT4 weights in pack-quantized form is known"
         )
+    if (problem := _unknown_in(group)) is not None:
+        raise UnknownQuantisation(f"its compressed-tensors weights have {problem}")
     layers = QuantisedLayers(ignored=_names(stated.get("ignore")), ignores_inside=False)
     return Recipe(format="int4", layers=layers, group_size=int(weights["group_size"]))
+
+
+def _unknown_in(group: Mapping[str, Any]) -> str | None:
+    """What in a group of modules makes its weights stand for other numbers, or the model compute others."""
+    order = group["weights"].get("actorder")
+    if (order.lower() if isinstance(order, str) else order) not in _NO_ORDER:
+        return f"actorder {order}, by which weight_g_idx says what columns a group has; only consecutive ones are known"
+    for key in ("input_activations", "output_activations"):
+        if group.get(key) is not None:
+            return f"{key} that are quantised too; only weights in INT4 are known"
+    targets = group.get("targets", ["Linear"])
+    if targets != ["Linear"]:
+        return f"the targets {targets}; only all modules of the type Linear, but for those to ignore, are known"
+    return None
 
 
 def _names(stated: Sequence[str] | None) -> tuple[str, ...]:

@@ -54,10 +54,14 @@ def undivided(recipe: Recipe, shape: ModelShape) -> Tensors | None:
 
 def split_experts(recipe: Recipe, shape: ModelShape) -> str | None:
     """Why experts that are held as one tensor cannot be in a recipe's format; None when they can, or are not."""
+    asked = recipe.layers.layers_to_ask(shape.expert_layers)
     for layer in sorted(shape.expert_layers):
         for matrices_of_all in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{matrices_of_all}"
             try:
-                recipe.layers.cover(f"model.layers.{layer}.mlp.experts.{matrices_of_all}", 3)
+                recipe.layers.cover(name, 3)
+                if layer in asked:
+                    recipe.layers.cover_experts(name, shape.experts)
             except ValueError as error:
                 return str(error).partition(";")[0]
     return None

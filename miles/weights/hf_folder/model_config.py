@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from miles.precision.quantization_config import QUANTISED_BY
+
 
 def read_model_config(folder: str | pathlib.Path) -> Any:
     """Read config.json; models built from the result have ordinary matrices, whatever the folder's files hold.
@@ -14,6 +16,7 @@ def read_model_config(folder: str | pathlib.Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    for key in QUANTISED_BY:
+        if getattr(config, key, None) is not None:
+            delattr(config, key)
     return config

@@ -10,11 +10,15 @@ import torch
 
 from miles.config.checks.json_file import read_json_object
 from miles.precision.base import WeightFormat
+from miles.precision.fp8_block import SCALE_SUFFIX
 from miles.precision.int4 import PACKED_SUFFIX, SHAPE_SUFFIX
 from miles.precision.quantization_config import recipe_of
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 from miles.weights.base import WeightsRefused
+
+_MARKS = (PACKED_SUFFIX, SCALE_SUFFIX, "_zero_point", "_g_idx")
+"""Ends of names that only parts of quantised matrices have."""
 
 
 class PlainTensors(Mapping[str, torch.Tensor]):
@@ -27,7 +31,7 @@ class PlainTensors(Mapping[str, torch.Tensor]):
         dtype: Type of dequantised matrices; other tensors have the type that they are stored in.
 
     Raises UnknownQuantisation (a ValueError) for weights in a format that there is no recipe for, and WeightsRefused
-    for matrices of which parts are missing.
+    for matrices of which parts are missing, and for parts that the format does not have.
     """
 
     def __init__(self, folder: str | pathlib.Path, dtype: torch.dtype) -> None:
@@ -40,6 +44,7 @@ class PlainTensors(Mapping[str, torch.Tensor]):
         self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
         self._codec = None if self.recipe is None else weight_format(self.recipe)
         self._suffixes = self._suffixes_of_parts()
+        self._refuse_other_parts()
         self._quantised = self._find_quantised()
         parts = {name + suffix: name for name in self._quantised for suffix in self._suffixes}
         self._names = dict.fromkeys(parts.get(stored, stored) for stored in self._files)
@@ -80,6 +85,15 @@ class PlainTensors(Mapping[str, torch.Tensor]):
         if self._codec is None:
             return ()
         return tuple(suffix for suffix, _, _ in self._codec.parts(torch.bfloat16, (128, 128)))
+
+    def _refuse_other_parts(self) -> None:
+        """A model is not to be made from what is left: readers give matrices without values random ones."""
+        marks = tuple(mark for mark in _MARKS if mark not in self._suffixes)
+        found = [stored for stored in self._files if stored.endswith(marks)]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            said = "no quantization_config" if self.recipe is None else f"{self.recipe.format} without such parts"
+            raise WeightsRefused(f"{self.folder} holds {found[0]}{more}, of a quantised matrix, and says {said}")
 
     def _find_quantised(self) -> frozenset[str]:
         """Names of the matrices that are held as parts, by the one part that no other tensor's name ends like."""

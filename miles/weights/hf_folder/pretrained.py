@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miles.config.checks.json_file import read_json_object
-from miles.precision.quantization_config import recipe_of
 from miles.weights.hf_folder.model_config import read_model_config
 from miles.weights.hf_folder.plain_tensors import PlainTensors
 
@@ -28,10 +26,10 @@ def read_model(folder: str | pathlib.Path, dtype: torch.dtype, **options: Any) -
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel
-    if recipe_of(read_json_object(pathlib.Path(folder) / "config.json")) is None:
+    tensors = PlainTensors(folder, dtype)
+    if tensors.recipe is None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         return model
-    tensors = PlainTensors(folder, dtype)
     state = {name: _Unread(tensors, name) for name in tensors}
     config = read_model_config(folder)
     model = _class_of(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from miles.ownership import owner_file
+from miles.precision.quantization_config import QUANTISED_BY
 from miles.precision.recipe import Recipe
 from miles.services.trainer.checkpoint.errors import cause_of
 from miles.services.trainer.checkpoint.quantised_files import QuantisingWriter, refuse_unfit
@@ -151,8 +152,9 @@ def set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
 def state_plain_weights(path: pathlib.Path) -> None:
     """Say in a config.json that weights are not quantised."""
     config = json.loads(path.read_text())
-    if config.pop("quantization_config", None) is not None:
-        path.write_text(json.dumps(config, indent=2))
+    plain = {key: value for key, value in config.items() if key not in QUANTISED_BY}
+    if plain != config:
+        path.write_text(json.dumps(plain, indent=2))
 
 
 def set_chat_template(folder: pathlib.Path, template: pathlib.Path) -> None:

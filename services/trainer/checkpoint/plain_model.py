@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from miles.config.checks.json_file import read_json_object
+from miles.precision.quantization_config import QUANTISED_BY
 from miles.services.trainer.checkpoint.hf_files import copy_other_files, set_dtype
 from miles.services.trainer.checkpoint.shard_writer import ShardWriter
 from miles.weights.hf_folder.plain_tensors import PlainTensors
@@ -56,8 +57,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     outer = {key: config[key] for key in _OUTER if config.get(key) is not None}
     plain = dict(config) if text is None else {**outer, **text, "architectures": [_architecture(text)]}
-    plain.pop("quantization_config", None)
-    return plain
+    return {key: value for key, value in plain.items() if key not in QUANTISED_BY}
 
 
 def _architecture(text: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from miles.precision.quantization_config import quantization_config
+from miles.precision.quantization_config import QUANTISED_BY, quantization_config
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 from miles.precision.tensors import QuantisedTensors
@@ -51,6 +51,7 @@ class QuantisingWriter(ShardWriter):
         """Write what is left, name the files, and complete config.json."""
         super().finish()
         config = json.loads(self._config.read_text())
+        config = {key: value for key, value in config.items() if key not in QUANTISED_BY}
         config["quantization_config"] = quantization_config(self._quantised.recipe, self._kept)
         self._config.write_text(json.dumps(config, indent=2))
 

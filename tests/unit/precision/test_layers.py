@@ -97,11 +97,66 @@ def test_int4_covers_all_routed_experts_and_no_shared_ones(
         QuantisedLayers(ignored=("model.layers.0.mlp.experts.3.up_proj",)),
         QuantisedLayers(ignored=("model.layers.0.block_sparse_moe.experts.3.w3",)),
         QuantisedLayers(ignored=(r"re:.*experts\.3\..*",)),
+        QuantisedLayers(but=(".1.up_proj",)),
+        QuantisedLayers(but=("experts.0.",)),
+        QuantisedLayers(only=(".7.",)),
+        QuantisedLayers(ignored=(r"re:.*experts\.[1-3]\..*",)),
+        QuantisedLayers(ignored=(r"re:.*experts\.(?:4|12)\..*",)),
     ],
 )
 def test_a_pattern_that_names_some_of_the_matrices_in_a_tensor_is_refused(layers: QuantisedLayers) -> None:
     with pytest.raises(ValueError, match=r"which is quantised, and .* which is not; have int4_layers, extra_"):
         layers.cover("model.layers.0.mlp.experts.gate_up_proj", 3)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        QuantisedLayers(ignored=(r"re:.*experts\.[^01]\..*",)),
+        QuantisedLayers(ignored=(r"re:.*\.[4-6]\d\.down_proj",)),
+        QuantisedLayers(ignored=("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.1")),
+        QuantisedLayers(but=("00.down_proj",)),
+    ],
+)
+def test_all_experts_are_asked_where_it_is_known_how_many_there_are(layers: QuantisedLayers) -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    layers.cover(name, 3)
+    with pytest.raises(ValueError, match=r"which is quantised, and .* which is not"):
+        layers.cover_experts(name, 128)
+
+
+def test_rules_may_name_every_expert() -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    every = QuantisedLayers(ignored=(r"re:.*layers\.0\.mlp\.experts\.[0-7]\..*", "re:.*self_attn.*"))
+    assert not every.cover(name, 3)
+    assert not every.cover_experts(name, 8)
+    assert every.cover_experts(name.replace("0", "1"), 8)
+    names = tuple(f"model.layers.61.block_sparse_moe.experts.{e}.{w}" for e in "01" for w in ("w1", "w2", "w3"))
+    pair = QuantisedLayers(ignored=names)
+    assert not pair.cover(name.replace("0", "61"), 3)
+    assert pair.cover_experts(name, 2)
+
+
+@pytest.mark.parametrize(
+    ("entry", "asked"),
+    [
+        ("re:.*self_attn.*", {3, 60}),
+        (r"re:.*experts\.[1-3]\..*", {3, 60}),
+        (r"re:.*layers\.(?:7|20)\.mlp.*", {3, 7, 20, 60}),
+        (r"re:.*layers\.[1-3]\.mlp\.experts.*", set(range(3, 61))),
+        (r"re:.*\.7\.mlp\.experts.*", set(range(3, 61))),
+        ("model.layers.7.mlp.experts.5", {3, 7, 60}),
+        ("model.layers.7.mlp.gate", set()),
+        ("lm_head", set()),
+    ],
+)
+def test_layers_in_which_other_experts_may_be_named_are_asked(entry: str, asked: set[int]) -> None:
+    assert QuantisedLayers(ignored=(entry,)).layers_to_ask(range(3, 61)) == asked
+
+
+def test_layers_are_asked_that_are_not_left_out_as_a_whole() -> None:
+    layers = QuantisedLayers(ignored=("model.layers.4", "re:.*experts.*"), high_layers=frozenset({3, 60}))
+    assert layers.layers_to_ask(range(3, 61)) == {4, 5, 59}
 
 
 def test_down_projections_can_be_kept_without_gates_and_ups() -> None:

@@ -53,7 +53,14 @@ def recipe(stated: dict[str, Any]) -> Recipe:
 
 def changed(stated: dict[str, Any], **weights: Any) -> dict[str, Any]:
     group = stated["config_groups"]["group_0"]
-    return {**stated, "config_groups": {"group_0": {**group, "weights": {**group["weights"], **weights}}}}
+    return regrouped(stated, weights={**group["weights"], **weights})
+
+
+def regrouped(stated: dict[str, Any], **group: Any) -> dict[str, Any]:
+    return {**stated, "config_groups": {"group_0": {**stated["config_groups"]["group_0"], **group}}}
+
+
+NO_BITS = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 
 
 def test_a_folder_without_quantised_weights_has_no_recipe() -> None:
@@ -111,11 +118,36 @@ def test_what_is_written_is_read_as_the_same_recipe(original: Recipe) -> None:
         (changed(KIMI_K2_THINKING, num_bits=8), "'num_bits': 8"),
         (changed(KIMI_K2_THINKING, symmetric=False), "'symmetric': False"),
         (changed(KIMI_K2_THINKING, strategy="channel", group_size=None), "'strategy': 'channel'"),
+        (changed(KIMI_K2_THINKING, actorder="group"), "actorder group, by which weight_g_idx says what columns"),
+        (changed(KIMI_K2_THINKING, actorder="dynamic"), "actorder dynamic, by which weight_g_idx"),
+        (changed(KIMI_K2_THINKING, actorder=True), "actorder True, by which weight_g_idx"),
+        (regrouped(KIMI_K2_THINKING, weights=NO_BITS), "'num_bits': 8"),
+        (regrouped(KIMI_K2_THINKING, input_activations={"num_bits": 8}), "input_activations that are quantised too"),
+        (regrouped(KIMI_K2_THINKING, output_activations={"num_bits": 8}), "output_activations that are quantised"),
+        (regrouped(KIMI_K2_THINKING, targets=["re:.*experts.*"]), r"the targets \['re:\.\*experts\.\*'\]; only all"),
     ],
 )
 def test_other_formats_are_refused_by_what_they_are(stated: dict[str, Any], problem: str) -> None:
     with pytest.raises(UnknownQuantisation, match=problem):
         recipe_of({"quantization_config": stated})
+
+
+@pytest.mark.parametrize("order", [None, False, "static", "weight", "Weight"])
+def test_an_order_of_rounding_leaves_groups_as_they_are(order: Any) -> None:
+    assert recipe(changed(KIMI_K2_THINKING, actorder=order)) == recipe(KIMI_K2_THINKING)
+
+
+def test_all_linear_layers_are_meant_where_targets_are_missing() -> None:
+    group = {"weights": KIMI_K2_THINKING["config_groups"]["group_0"]["weights"]}  # type: ignore[index]
+    assert recipe({**KIMI_K2_THINKING, "config_groups": {"group_0": group}}) == recipe(KIMI_K2_THINKING)
+
+
+def test_the_older_name_says_the_same() -> None:
+    assert recipe_of({"compression_config": KIMI_K2_THINKING}) == recipe(KIMI_K2_THINKING)
+    assert recipe_of({"quantization_config": None, "compression_config": KIMI_K2_THINKING}) == recipe(KIMI_K2_THINKING)
+    assert recipe_of({"quantization_config": DEEPSEEK_V3, "compression_config": {}}) == recipe(DEEPSEEK_V3)
+    with pytest.raises(UnknownQuantisation, match="int-quantized"):
+        recipe_of({"compression_config": {**KIMI_K2_THINKING, "format": "int-quantized"}})
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])

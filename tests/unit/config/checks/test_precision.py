@@ -149,6 +149,14 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any], str]]
         "hf_checkpoint = ",
     ),
     (
+        MOE, {**INT4_FOLDER, "ignore": [r"re:.*experts\.[^01]\..*", "lm_head"]}, {},
+        "hf_checkpoint = ",
+    ),
+    (
+        MOE, None, {**FP8, "extra_high_precision_layers_hf": [".1.up_proj"]},
+        'extra_high_precision_layers_hf = [".1.up_proj"], but model.layers.0.mlp.experts.gate_up_proj holds',
+    ),
+    (
         MOE, None,
         {**FP8, "low_precision_impl": "transformer_engine", "train_backend": "megatron", "device": "cuda"},
         "low_precision_impl = transformer_engine, but TransformerEngine is not installed here; install it where",

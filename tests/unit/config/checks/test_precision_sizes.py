@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from miles.config.checks.precision_sizes import coverage, cut_problem, narrow, parted, undivided
+from miles.config.checks.precision_sizes import coverage, cut_problem, narrow, parted, split_experts, undivided
 from miles.memory.model import ModelShape, shape_of
 from miles.precision.layers import QuantisedLayers
 from miles.precision.recipe import Recipe
@@ -20,6 +20,9 @@ def model(name: str) -> ModelShape:
     shape = shape_of(json.loads((CONFIGS / f"{name}.json").read_text()))
     assert shape is not None
     return shape
+
+
+LATENT = model("DeepSeek-R1-bf16")
 
 
 def test_int4_of_experts_covers_most_of_a_large_mixture() -> None:
@@ -56,6 +59,36 @@ def test_kernels_of_fp8_take_multiples_of_16() -> None:
     key, problem = narrow(Recipe(format="fp8_block"), shape, tensor=4, expert_tensor=96) or ("", "")
     assert key == "expert_tensor_parallel_size"
     assert "model.layers.0.mlp.experts.0.gate_proj is 8 x 2048 on a rank" in problem
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"),
+        ("lm_head", *(f"model.layers.{n}.{each}" for n in range(94) for each in ("mlp.gate", "input_layernorm"))),
+        ("gate", "e_score_correction_bias", "lm_head"),
+        (r"re:.*layers\.(3|60)\..*", r"re:.*layers\.[4-9]\..*experts\.\d+\..*"),
+        tuple(f"model.layers.7.mlp.experts.{e}.{each}_proj" for e in range(256) for each in ("gate", "up", "down")),
+    ],
+    ids=["Kimi K2 Thinking", "Qwen3 FP8", "MiniMax M2", "layers", "every expert"],
+)
+def test_lists_of_published_models_name_all_experts_of_a_layer_or_none(ignored: tuple[str, ...]) -> None:
+    assert split_experts(Recipe(format="fp8_block", layers=QuantisedLayers(ignored=ignored)), LATENT) is None
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        (r"re:.*experts\.2[0-4]\d\..*",),
+        (r"re:.*layers\.60\.mlp\.experts\.[4-6]\d\..*",),
+        (r"re:.*layers\.2[4-6]\.mlp\.experts\.[4-6]\d\..*",),
+        tuple(f"model.layers.7.mlp.experts.{e}" for e in range(255)),
+        ("model.layers.3", "model.layers.60", r"re:.*experts\.2[0-4]\d\..*"),
+    ],
+)
+def test_entries_that_name_some_experts_of_a_layer_are_found(entries: tuple[str, ...]) -> None:
+    recipe = Recipe(format="fp8_block", layers=QuantisedLayers(ignored=entries))
+    assert "which is quantised, and model.layers." in (split_experts(recipe, LATENT) or "")
 
 
 def test_rows_are_whole_numbers_of_groups() -> None:

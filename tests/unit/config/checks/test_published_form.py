@@ -44,6 +44,8 @@ def test_other_quantised_weights_are_refused(tmp_path: pathlib.Path) -> None:
         (found,) = faults(tmp_path, {"model_type": "llama", "quantization_config": quantised})
         assert "but its " in found
         assert found.endswith("in FP8 blocks of 128 x 128, or in INT4 groups")
+    (found,) = faults(tmp_path, {"model_type": "llama", "compression_config": {**INT4, "format": "dense"}})
+    assert "but its compressed-tensors weights are dense" in found
 
 
 def test_a_text_model_inside_of_another_is_to_be_taken_out(tmp_path: pathlib.Path) -> None:

@@ -81,9 +81,33 @@ def test_missing_parts_are_named(tmp_path: pathlib.Path, recipe: Recipe, lost: s
         PlainTensors(write(tmp_path, recipe, tensors), torch.float32)
 
 
-def test_fp8_values_without_a_quantization_config_are_refused(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("stated", "stored", "expected"),
+    [
+        (None, FP8, "_scale_inv and 1 more, of a quantised matrix, and says no quantization_config"),
+        (None, INT4, "_packed and 1 more, of a quantised matrix, and says no quantization_config"),
+        (FP8, INT4, "_packed and 1 more, of a quantised matrix, and says fp8_block without such parts"),
+        (INT4, FP8, "_scale_inv and 1 more, of a quantised matrix, and says int4 without such parts"),
+    ],
+)
+def test_parts_that_config_json_does_not_speak_of_are_refused(
+    tmp_path: pathlib.Path, stated: Recipe | None, stored: Recipe, expected: str
+) -> None:
+    with pytest.raises(WeightsRefused, match=f"holds layers.0.*{expected}"):
+        PlainTensors(write(tmp_path, stated, quantised(stored)), torch.float32)
+
+
+@pytest.mark.parametrize("part", ["_g_idx", "_zero_point"])
+def test_parts_by_which_int4_means_other_numbers_are_refused(tmp_path: pathlib.Path, part: str) -> None:
+    tensors = quantised(INT4) | {RAGGED + part: torch.zeros(160, dtype=torch.int32)}
+    with pytest.raises(WeightsRefused, match=f"holds {RAGGED}{part}, of a quantised matrix, and says int4 without"):
+        PlainTensors(write(tmp_path, INT4, tensors), torch.float32)
+
+
+def test_fp8_values_without_any_scales_are_refused(tmp_path: pathlib.Path) -> None:
+    tensors = {name: part for name, part in quantised(FP8).items() if not name.endswith("_scale_inv")}
     with pytest.raises(WeightsRefused, match=f"scales of .*{RAGGED}"):
-        PlainTensors(write(tmp_path, None, quantised(FP8)), torch.float32)
+        PlainTensors(write(tmp_path, None, tensors), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.precision.quantization_config import quantization_config
+from miles.precision.quantization_config import QUANTISED_BY, quantization_config
 from miles.precision.recipe import Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -27,7 +27,6 @@ _EXPERTS = ".experts."
 _NOT_ROUTED = r"re:^(?!.*\.experts\.).*"
 """Modules that are no routed experts, by any name that SGLang gives to several projections in one."""
 _DESCRIPTION = "config.json"
-_QUANTISED_BY = ("quantization_config", "compression_config")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
 _OF_OTHER_QUANTISERS = "hf_quant_config.json"
 
@@ -46,7 +45,7 @@ class ServedModel:
 def needs_own_folder(hf_checkpoint: str, recipe: Recipe | None) -> bool:
     """Whether the folder's description does not fit what is served."""
     model = read_json_object(pathlib.Path(hf_checkpoint) / _DESCRIPTION)
-    return recipe is not None or any(model.get(key) is not None for key in _QUANTISED_BY)
+    return recipe is not None or any(model.get(key) is not None for key in QUANTISED_BY)
 
 
 def write_folder(folder: pathlib.Path, hf_checkpoint: str, quantisation: Mapping[str, Any] | None) -> None:
@@ -60,7 +59,7 @@ def write_folder(folder: pathlib.Path, hf_checkpoint: str, quantisation: Mapping
         if not path.name.endswith(_WEIGHTS) and path.name not in (_DESCRIPTION, _OF_OTHER_QUANTISERS):
             (folder / path.name).symlink_to(path)
     model = json.loads((source / _DESCRIPTION).read_text())
-    model = {key: value for key, value in model.items() if key not in _QUANTISED_BY}
+    model = {key: value for key, value in model.items() if key not in QUANTISED_BY}
     if quantisation is not None:
         model["quantization_config"] = quantisation
     (folder / _DESCRIPTION).write_text(json.dumps(model, indent=2))
