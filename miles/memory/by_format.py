@@ -6,12 +6,12 @@ from miles.memory.held import Held, held
 from miles.memory.model import ModelShape
 from miles.memory.tensors import model_tensors
 from miles.precision.layers import QuantisedLayers
-from miles.precision.recipe import Recipe
+from miles.precision.recipe import INT4_GROUP, Recipe
 
 ROUTED_EXPERTS = QuantisedLayers(only=(".experts.",))
 
 
-def weights_by_format(shape: ModelShape, group_size: int = 128) -> dict[str, Held]:
+def weights_by_format(shape: ModelShape, group_size: int = INT4_GROUP) -> dict[str, Held]:
     """Return a model's weights without MTP layers by format and what is in it; all else is in bfloat16.
 
     Args:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+from miles.config.rules.precision import why_emulated
 from miles.memory.amount import Part, When, number
 from miles.memory.held import covered_parameters, held, is_covered
 from miles.memory.megatron import layout_of, on_rank, stage_layers
@@ -24,13 +25,11 @@ KERNEL_WEIGHTS = "weights in FP8 by rows and columns"
 
 
 def by_kernels(run: Run) -> bool:
-    """Whether TransformerEngine is to compute in the trainer's format; if it is not installed, emulation does."""
-    s, recipe = run.settings, run.training
-    if recipe is None or s.train_backend != "megatron" or s.device == "cpu" or run.train_bytes != 2:
+    """Whether TransformerEngine may compute in the trainer's format; where it cannot, emulation does, with less."""
+    s = run.settings
+    if run.training is None or run.train_bytes != 2 or s.low_precision_impl == "emulated":
         return False
-    asked = s.low_precision_impl
-    able = s.transformer_impl != "local" and recipe.format == "fp8_block"
-    return bool(asked == "transformer_engine" or (asked == "auto" and able))
+    return why_emulated(s) is None
 
 
 def notes(run: Run) -> Iterator[str]:
@@ -40,7 +39,10 @@ def notes(run: Run) -> Iterator[str]:
             "activations are counted as in 16 bits, an upper bound: TransformerEngine keeps the inputs of matrices for "
             "the backward pass in FP8 alone"
         )
-        yield "TransformerEngine is taken to be installed on a GPU that has the kernels; emulation does without"
+        yield (
+            "TransformerEngine is taken to be installed on a GPU that has the kernels; emulation holds rounded weights "
+            "in 16 bits instead, which is less"
+        )
     if run.serving is not None and run.settings.rollout_backend == "sglang":
         yield "SGLang's copies of weights for its kernels, such as those of latent attention, are not counted"
 

@@ -18,10 +18,6 @@ class WeightFormat(Protocol):
     Bytes are the same on every device. Names of parts are the matrix's name and a suffix, "" for one.
     """
 
-    @property
-    def largest(self) -> float:
-        """Largest magnitude of a value before scaling."""
-
     def why_not(self, shape: tuple[int, ...]) -> str | None:
         """Why a matrix of this shape cannot be held so; None when it can."""
 

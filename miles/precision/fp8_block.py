@@ -24,17 +24,15 @@ from miles.precision.blocks import (
     largest_of_groups,
 )
 from miles.precision.gpu import kernels_for
+from miles.precision.recipe import FP8_BLOCK
 from miles.precision.small_floats import E4M3, LARGEST_E4M3, round_to_e4m3_
 
-BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
 _MANTISSA = 0x7FFFFF
 
 
 class Fp8Block:
     """See `WeightFormat`."""
-
-    largest = LARGEST_E4M3
 
     def __init__(self, *, power_of_two_scales: bool = False) -> None:
         self._powers = power_of_two_scales
@@ -54,7 +52,7 @@ class Fp8Block:
         nearest, ties to even. Zeros have scale 1, and so have blocks with a number that is not finite: infinity
         becomes 448, as in TransformerEngine, and NaN stays.
         """
-        blocks = as_blocks(weight, BLOCK, BLOCK).float()
+        blocks = as_blocks(weight, FP8_BLOCK, FP8_BLOCK).float()
         factors = self._factors(largest_of_blocks(blocks), weight.dtype)
         values = (blocks * factors).clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)
         return {"": from_blocks(values, weight.shape), SCALE_SUFFIX: factors.reciprocal().squeeze(-1).squeeze(-2)}
@@ -62,7 +60,7 @@ class Fp8Block:
     def dequantise(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """See `WeightFormat.dequantise`."""
         values = parts[""]
-        blocks = as_blocks(values.float(), BLOCK, BLOCK) * parts[SCALE_SUFFIX].unsqueeze(-2).unsqueeze(-1)
+        blocks = as_blocks(values.float(), FP8_BLOCK, FP8_BLOCK) * parts[SCALE_SUFFIX].unsqueeze(-2).unsqueeze(-1)
         return from_blocks(blocks.to(dtype), values.shape)
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
@@ -70,7 +68,7 @@ class Fp8Block:
         kernels = kernels_for(weight)
         if kernels is not None:
             return cast(torch.Tensor, kernels.round_fp8_weight(weight, self._powers))
-        blocks = as_blocks(weight, BLOCK, BLOCK).float()
+        blocks = as_blocks(weight, FP8_BLOCK, FP8_BLOCK).float()
         factors = self._factors(largest_of_blocks(blocks), weight.dtype)
         return from_blocks(_rounded(blocks, factors, weight.dtype), weight.shape)
 
@@ -79,7 +77,7 @@ class Fp8Block:
         kernels = kernels_for(rows)
         if kernels is not None:
             return cast(torch.Tensor, kernels.round_fp8_rows(rows, self._powers))
-        groups = as_groups(rows, BLOCK).float()
+        groups = as_groups(rows, FP8_BLOCK).float()
         factors = self._factors(largest_of_groups(groups), rows.dtype)
         return from_groups(_rounded(groups, factors, rows.dtype), rows.shape)
 
@@ -95,7 +93,7 @@ class Fp8Block:
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape (..., P, Q) of the scales of a weight (..., O, I)."""
-    return (*shape[:-2], *(count(size, BLOCK) for size in shape[-2:]))
+    return (*shape[:-2], *(count(size, FP8_BLOCK) for size in shape[-2:]))
 
 
 def _rounded(blocks: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128
+from miles.precision.recipe import FP8_BLOCK
+
 _TALL = 32
 """Rows of inputs in one program."""
 _NUMBERS = 8192
@@ -24,7 +25,7 @@ _WHOLE = tl.constexpr(12582912.0)
 
 def round_fp8_weight(weight: torch.Tensor, powers: bool) -> torch.Tensor:
     """A weight (..., O, I) rounded by blocks of 128 × 128."""
-    return _round_fp8(weight, powers, height=BLOCK, by_rows=False)
+    return _round_fp8(weight, powers, height=FP8_BLOCK, by_rows=False)
 
 
 def round_fp8_rows(rows: torch.Tensor, powers: bool) -> torch.Tensor:
@@ -37,7 +38,7 @@ def round_int4(weight: torch.Tensor, group_size: int, smallest_scale: float) -> 
     weight = weight.contiguous()
     rounded, groups = torch.empty_like(weight), weight.numel() // group_size
     tall = max(_NUMBERS // group_size, 1)
-    with torch.cuda.device(weight.device if weight.is_cuda else -1):
+    with _on(weight):
         _int4_groups[(triton.cdiv(groups, tall),)](
             weight, rounded, groups, smallest_scale, group_size, tall, **_OPTIONS
         )
@@ -48,11 +49,13 @@ def _round_fp8(matrices: torch.Tensor, powers: bool, *, height: int, by_rows: bo
     matrices = matrices.contiguous()
     rounded = torch.empty_like(matrices)
     rows, columns = matrices.shape[-2:]
-    across = triton.cdiv(columns, BLOCK)
+    across = triton.cdiv(columns, FP8_BLOCK)
     grid = (triton.cdiv(rows, height) * across, matrices.numel() // (rows * columns))
     largest = torch.finfo(matrices.dtype).max
     with _on(matrices):
-        _fp8_blocks[grid](matrices, rounded, rows, columns, across, largest, height, BLOCK, powers, by_rows, **_OPTIONS)
+        _fp8_blocks[grid](
+            matrices, rounded, rows, columns, across, largest, height, FP8_BLOCK, powers, by_rows, **_OPTIONS
+        )
     return rounded
 
 

@@ -27,8 +27,6 @@ _OFFSET = 8
 class Int4:
     """See `WeightFormat`."""
 
-    largest = float(LARGEST)
-
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
 

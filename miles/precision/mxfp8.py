@@ -15,9 +15,9 @@ import torch
 
 from miles.precision.base import Part
 from miles.precision.blocks import as_groups, count, from_groups, largest_of_groups
+from miles.precision.recipe import MX_GROUP
 from miles.precision.small_floats import E4M3, LARGEST_E4M3, powers_of_two, round_to_e4m3_
 
-GROUP = 32
 SCALE_SUFFIX = "_scale_inv"
 _MANTISSA_BITS = 23
 _ABOVE_448 = 0x1FFFFF
@@ -30,8 +30,6 @@ _LARGEST_EXPONENT = 254
 class MxFp8:
     """See `WeightFormat`."""
 
-    largest = LARGEST_E4M3
-
     def why_not(self, shape: tuple[int, ...]) -> str | None:
         """Every matrix can be: the last group of a row may be smaller."""
         return None
@@ -39,11 +37,11 @@ class MxFp8:
     def parts(self, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """Values, and exponents of their scales."""
         *leading, inputs = shape
-        return (("", E4M3, shape), (SCALE_SUFFIX, torch.uint8, (*leading, count(inputs, GROUP))))
+        return (("", E4M3, shape), (SCALE_SUFFIX, torch.uint8, (*leading, count(inputs, MX_GROUP))))
 
     def quantise(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Values (..., O, I) in E4M3 and exponents (..., O, Q) in uint8. A NaN stays one."""
-        groups = as_groups(weight, GROUP).float()
+        groups = as_groups(weight, MX_GROUP).float()
         exponents = _exponents(largest_of_groups(groups))
         values = groups * powers_of_two(_LARGEST_EXPONENT - exponents)
         values = from_groups(values.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3), weight.shape)
@@ -53,11 +51,11 @@ class MxFp8:
         """See `WeightFormat.dequantise`."""
         values = parts[""]
         scales = powers_of_two(parts[SCALE_SUFFIX].to(torch.int32)).unsqueeze(-1)
-        return from_groups((as_groups(values.float(), GROUP) * scales).to(dtype), values.shape)
+        return from_groups((as_groups(values.float(), MX_GROUP) * scales).to(dtype), values.shape)
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """See `WeightFormat.rounded`."""
-        groups = as_groups(weight, GROUP).float()
+        groups = as_groups(weight, MX_GROUP).float()
         exponents = _exponents(largest_of_groups(groups))
         values = round_to_e4m3_(groups * powers_of_two(_LARGEST_EXPONENT - exponents))
         return from_groups(values.mul_(powers_of_two(exponents)).to(weight.dtype), weight.shape)

@@ -16,9 +16,9 @@ import torch
 from miles.precision.base import Part
 from miles.precision.blocks import as_groups, count, from_groups, largest_of_groups
 from miles.precision.nibbles import pack, unpack
+from miles.precision.recipe import NV_GROUP
 from miles.precision.small_floats import E4M3, LARGEST_E2M1, LARGEST_E4M3, round_to_e2m1_
 
-GROUP = 16
 SCALE_SUFFIX, MATRIX_SCALE_SUFFIX = "_scale", "_scale_2"
 _LARGEST_FACTOR = torch.finfo(torch.float32).max
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -29,8 +29,6 @@ _BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 class NvFp4:
     """See `WeightFormat`."""
 
-    largest = LARGEST_E2M1
-
     def why_not(self, shape: tuple[int, ...]) -> str | None:
         """Two values share a byte."""
         return f"its rows of {shape[-1]} are of an odd length" if shape[-1] % 2 else None
@@ -40,7 +38,7 @@ class NvFp4:
         *leading, outputs, inputs = shape
         return (
             ("", torch.uint8, (*leading, outputs, inputs // 2)),
-            (SCALE_SUFFIX, E4M3, (*leading, outputs, count(inputs, GROUP))),
+            (SCALE_SUFFIX, E4M3, (*leading, outputs, count(inputs, NV_GROUP))),
             (MATRIX_SCALE_SUFFIX, torch.float32, (*leading, 1)),
         )
 
@@ -49,7 +47,7 @@ class NvFp4:
         problem = self.why_not(tuple(weight.shape))
         if problem is not None:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} cannot be NVFP4: {problem}")
-        groups = as_groups(weight, GROUP).float()
+        groups = as_groups(weight, NV_GROUP).float()
         scales, matrix_scales = _scales(largest_of_groups(groups), dims=(-3, -2))
         values = from_groups(_values(groups, scales.float() * matrix_scales), weight.shape)
         codes = torch.bucketize(values.abs(), values.new_tensor(_BETWEEN), out_int32=True).to(torch.uint8)
@@ -64,7 +62,7 @@ class NvFp4:
         codes = unpack(parts[""])
         table = torch.tensor((*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)), device=codes.device)
         scales = parts[SCALE_SUFFIX].float() * parts[MATRIX_SCALE_SUFFIX].unsqueeze(-1)
-        values = as_groups(table[codes.int()], GROUP)
+        values = as_groups(table[codes.int()], NV_GROUP)
         return from_groups((values * scales.unsqueeze(-1)).to(dtype), codes.shape)
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
@@ -77,7 +75,7 @@ class NvFp4:
 
 
 def _rounded(matrix: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    groups = as_groups(matrix, GROUP).float()
+    groups = as_groups(matrix, NV_GROUP).float()
     scales, second = _scales(largest_of_groups(groups), dims)
     products = scales.float() * second
     return from_groups(_values(groups, products).mul_(products).to(matrix.dtype), matrix.shape)

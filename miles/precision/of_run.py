@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from miles.precision.layers import QuantisedLayers
 from miles.precision.megatron_names import ModulePattern
 from miles.precision.quantization_config import UnknownQuantisation, recipe_of
-from miles.precision.recipe import FormatName, Recipe
+from miles.precision.recipe import INT4_GROUP, FormatName, Recipe
 from miles.precision.te_config import PrecisionFileError, patterns_in
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     Settings = PrecisionConfig | FlatSettings
     """FlatSettings has the section's settings too."""
-
-DEFAULT_GROUP_SIZE = 128
 
 
 class Recipes(NamedTuple):
@@ -123,7 +121,7 @@ def stated_recipe(chosen: FormatName, settings: Settings, model: Mapping[str, An
     return Recipe(
         format=chosen,
         layers=layers,
-        group_size=settings.int4_group_size or DEFAULT_GROUP_SIZE,
+        group_size=settings.int4_group_size or INT4_GROUP,
         power_of_two_scales=settings.fp8_block_scales == "power_of_two",
     )
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from miles.precision.layers import QuantisedLayers
-from miles.precision.recipe import Recipe
+from miles.precision.recipe import FP8_BLOCK, Recipe
 
-BLOCK = (128, 128)
+_BLOCK = (FP8_BLOCK, FP8_BLOCK)
 
 
 class UnknownQuantisation(ValueError):
@@ -49,7 +49,7 @@ def quantization_config(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
                 "quant_method": "fp8",
                 "fmt": "e4m3",
                 "activation_scheme": "dynamic",
-                "weight_block_size": list(BLOCK),
+                "weight_block_size": list(_BLOCK),
                 "modules_to_not_convert": ignored,
             }
             return stated | ({"scale_fmt": "ue8m0"} if recipe.power_of_two_scales else {})
@@ -74,8 +74,8 @@ def quantization_config(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
 
 def _fp8(stated: Mapping[str, Any]) -> Recipe:
     block = tuple(stated.get("weight_block_size") or ())
-    if block != BLOCK:
-        raise UnknownQuantisation(f"its FP8 weights have blocks of {list(block) or 'no size'}, not of 128 x 128")
+    if block != _BLOCK:
+        raise UnknownQuantisation(f"its FP8 weights have blocks of {list(block) or 'no size'}, not of {list(_BLOCK)}")
     if stated.get("fmt", "e4m3") != "e4m3" or stated.get("activation_scheme", "dynamic") != "dynamic":
         problem = f"{stated.get('fmt')} values and {stated.get('activation_scheme')} scales of inputs"
         raise UnknownQuantisation(f"its FP8 weights have {problem}, not e4m3 and dynamic")

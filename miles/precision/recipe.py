@@ -8,6 +8,12 @@ from typing import Literal
 from miles.precision.layers import EVERY_MATRIX, QuantisedLayers
 
 FormatName = Literal["fp8_block", "int4", "mxfp8", "nvfp4"]
+FP8_BLOCK = 128
+"""Sides of a block of fp8_block, and elements of a row of inputs that share a scale."""
+MX_GROUP, NV_GROUP = 32, 16
+"""Elements that share a scale along the last dimension: of mxfp8, of nvfp4."""
+INT4_GROUP = 128
+"""Such elements of int4 where nothing says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +22,7 @@ class Recipe:
 
     format: FormatName
     layers: QuantisedLayers = EVERY_MATRIX
-    group_size: int = 128
+    group_size: int = INT4_GROUP
     """Elements that share a scale: int4 along the last dimension. Other formats have one size alone."""
     power_of_two_scales: bool = False
     """fp8_block: scales are rounded to powers of two, as GPUs with scales in UE8M0 need them."""

@@ -30,8 +30,6 @@ def rounded_weight(weight_format: WeightFormat, name: str, weight: torch.Tensor)
 
 def rounded_inputs(weight_format: WeightFormat, rows: torch.Tensor) -> torch.Tensor:
     """Inputs (..., I) of a matrix as it is multiplied with them; gradients go straight through."""
-    if torch.compiler.is_compiling():  # Dynamo cannot trace functions of one's own where shapes are dynamic
-        return weight_format.rounded_rows(rows.detach()) + (rows - rows.detach())
     found: torch.Tensor = _Rows.apply(rows, weight_format)  # type: ignore[no-untyped-call]
     return found
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from miles.precision.recipe import Recipe
+from miles.precision.recipe import FP8_BLOCK, MX_GROUP, Recipe
 
 ROWS, COLUMNS = 0, 1
 """Dimensions of a matrix (O, I): outputs, and inputs, which are rows and columns of its weight."""
-_BLOCK = 128
-_MX_GROUP, _NV_GROUP = 32, 16
 
 
 def scale_unit(recipe: Recipe) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None for a format with one scale more for the whole matrix."""
     match recipe.format:
         case "fp8_block":
-            return _BLOCK, _BLOCK
+            return FP8_BLOCK, FP8_BLOCK
         case "mxfp8":
-            return 1, _MX_GROUP
+            return 1, MX_GROUP
         case "int4":
             return 1, recipe.group_size
     return None

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from miles.precision.recipe import Recipe
+from miles.precision.recipe import FP8_BLOCK, MX_GROUP, NV_GROUP, Recipe
 
-_BLOCK = 128
-"""Sides of an FP8 block."""
-_MX_GROUP, _NV_GROUP = 32, 16
 _FLOAT32, _SHAPE = 4, 2 * 8
 
 
@@ -25,12 +22,12 @@ def stored_bytes(recipe: Recipe, shape: Sequence[int], each: int) -> int:
     matrices = math.prod(leading)
     match recipe.format:
         case "fp8_block":
-            blocks = -(-outputs // _BLOCK) * -(-inputs // _BLOCK)
+            blocks = -(-outputs // FP8_BLOCK) * -(-inputs // FP8_BLOCK)
             return matrices * (outputs * inputs + blocks * _FLOAT32)
         case "int4":
             groups = outputs * -(-inputs // recipe.group_size)
             return matrices * (outputs * inputs // 2 + groups * each) + _SHAPE
         case "mxfp8":
-            return matrices * outputs * (inputs + -(-inputs // _MX_GROUP))
+            return matrices * outputs * (inputs + -(-inputs // MX_GROUP))
         case "nvfp4":
-            return matrices * (outputs * (inputs // 2 + -(-inputs // _NV_GROUP)) + _FLOAT32)
+            return matrices * (outputs * (inputs // 2 + -(-inputs // NV_GROUP)) + _FLOAT32)

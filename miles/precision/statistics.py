@@ -28,7 +28,7 @@ def layer_of(name: str) -> int | None:
 
 
 @dataclasses.dataclass(slots=True)
-class Rounding:
+class LayerStatistics:
     """Numbers of one layer and what they are rounded to."""
 
     amax: float = 0.0
@@ -46,7 +46,7 @@ class Rounding:
     difference: float = 0.0
     """Sum of squares of the difference between what the trainer computes with and what engines do."""
 
-    def add(self, other: Rounding) -> None:
+    def add(self, other: LayerStatistics) -> None:
         """Take another part's numbers in."""
         self.amax = max(self.amax, other.amax)
         self.smallest_scale = min(self.smallest_scale, other.smallest_scale)
@@ -61,7 +61,7 @@ class WeightStatistics:
     def __init__(self, training: Recipe | None, rollout: Recipe | None) -> None:
         self._recipes = (training, rollout)
         self._formats = tuple(None if recipe is None else weight_format(recipe) for recipe in self._recipes)
-        self.layers: dict[int, Rounding] = {}
+        self.layers: dict[int, LayerStatistics] = {}
 
     def add(self, name: str, weight: torch.Tensor) -> None:
         """Take in a tensor in the type that is computed with; one that no recipe covers is left out."""
@@ -81,7 +81,7 @@ class WeightStatistics:
         scales = _scales(codec.quantise(matrices))
         found.smallest_scale, found.largest_scale = float(scales.min()), float(scales.max())
         found.difference = float((used[0].float() - used[1].float()).square().sum())
-        self.layers.setdefault(layer, Rounding()).add(found)
+        self.layers.setdefault(layer, LayerStatistics()).add(found)
 
 
 class InputStatistics:
@@ -89,24 +89,24 @@ class InputStatistics:
 
     def __init__(self, codec: WeightFormat) -> None:
         self._codec = codec
-        self.layers: dict[int, Rounding] = {}
+        self.layers: dict[int, LayerStatistics] = {}
 
     def add(self, layer: int, rows: torch.Tensor) -> None:
         """Take in the inputs (..., I) of a matrix in a layer."""
         if rows.numel():  # an expert may get no token
-            self.layers.setdefault(layer, Rounding()).add(_compare(rows, self._codec.rounded_rows(rows)))
+            self.layers.setdefault(layer, LayerStatistics()).add(_compare(rows, self._codec.rounded_rows(rows)))
 
 
-def merged(parts: Iterable[Mapping[int, Rounding]]) -> dict[int, Rounding]:
+def merged(parts: Iterable[Mapping[int, LayerStatistics]]) -> dict[int, LayerStatistics]:
     """What several ranks have found, by layer."""
-    layers: dict[int, Rounding] = {}
+    layers: dict[int, LayerStatistics] = {}
     for part in parts:
         for layer, found in part.items():
-            layers.setdefault(layer, Rounding()).add(found)
+            layers.setdefault(layer, LayerStatistics()).add(found)
     return dict(sorted(layers.items()))
 
 
-def weight_metrics(layers: Mapping[int, Rounding]) -> dict[str, float]:
+def weight_metrics(layers: Mapping[int, LayerStatistics]) -> dict[str, float]:
     """Metrics of weights: amax, scales, the share of numbers that underflow to zero, and relative errors."""
     metrics: dict[str, float] = {}
     for layer, found in layers.items():
@@ -123,7 +123,7 @@ def weight_metrics(layers: Mapping[int, Rounding]) -> dict[str, float]:
     return metrics
 
 
-def input_metrics(layers: Mapping[int, Rounding]) -> dict[str, float]:
+def input_metrics(layers: Mapping[int, LayerStatistics]) -> dict[str, float]:
     """Metrics of inputs: amax, the share of numbers that underflow to zero, and the relative error."""
     metrics: dict[str, float] = {}
     for layer, found in layers.items():
@@ -140,7 +140,7 @@ def _name(kind: str, layer: int) -> str:
     return f"precision/{kind}/layer_{layer:02d}"
 
 
-def _compare(exact: torch.Tensor, rounded: torch.Tensor) -> Rounding:
+def _compare(exact: torch.Tensor, rounded: torch.Tensor) -> LayerStatistics:
     wide, there = exact.float(), exact != 0
     numbers = torch.stack(
         [
@@ -152,7 +152,7 @@ def _compare(exact: torch.Tensor, rounded: torch.Tensor) -> Rounding:
         ]
     ).tolist()  # one transfer from a GPU
     amax, nonzero, lost, square, error = numbers
-    return Rounding(amax=amax, nonzero=int(nonzero), lost=int(lost), square=square, error=error)
+    return LayerStatistics(amax=amax, nonzero=int(nonzero), lost=int(lost), square=square, error=error)
 
 
 def _scales(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from trainer_cases import job_config, random_groups
 from miles.precision.of_run import training_recipe
 from miles.precision.recipe import Recipe
 from miles.precision.tensors import QuantisedTensors, restored
-from miles.services.trainer.backends.megatron.precision.rounding import Rounding
+from miles.services.trainer.backends.megatron.precision.rounding import ParameterRounding
 from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.services.trainer.ranks.worker import create_backend
 
@@ -93,10 +93,10 @@ def round_parameters(backend: Any) -> None:
                 module.roundings[name] = InputsAlone(rounding)
 
 
-class InputsAlone(Rounding):
+class InputsAlone(ParameterRounding):
     """Leaves weights as they are."""
 
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, rounding: ParameterRounding) -> None:
         self._format = rounding._format
 
     def weight(self, weight_OI: torch.Tensor) -> torch.Tensor:

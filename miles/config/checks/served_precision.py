@@ -20,9 +20,8 @@ from miles.config.sglang.taking import take
 from miles.engine_spec import engine_spec
 from miles.memory.model import ModelShape, shape_of
 from miles.precision.of_run import recipes_of
-from miles.precision.recipe import Recipe
+from miles.precision.recipe import FP8_BLOCK, Recipe
 
-_BLOCK = 128
 _HIDDEN_MULTIPLE, _WIDTH_MULTIPLE = 128, 64
 """Of the sizes of Marlin's expert kernels."""
 _GROUP_SIZES = (32, 64, 128)
@@ -155,9 +154,9 @@ def _module_problems(recipe: Recipe, layer: int, module: Module, gpus: int) -> I
         yield problem, "set extra_high_precision_layers_hf to keep both out, or none"
     elif recipe.format == "fp8_block":
         for size in (module.inputs, *module.outputs):
-            if size % _BLOCK:
+            if size % FP8_BLOCK:
                 where = f"{name} is {size} wide on one of {gpus} GPUs" if gpus > 1 else f"{name} is {size} wide"
-                yield f"{where}, no multiple of the blocks of {_BLOCK}", f"{narrower}, or as_trained"
+                yield f"{where}, no multiple of the blocks of {FP8_BLOCK}", f"{narrower}, or as_trained"
     elif not module.routed:
         problem = f"SGLang cannot update the INT4 weights of {name}, which are repacked for good when it starts"
         yield problem, "set int4_layers to .experts."

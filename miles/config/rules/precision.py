@@ -141,6 +141,14 @@ def why_emulated(s: FlatSettings) -> str | None:
 
 
 @rule
+def compiled_layers_have_no_format(s: FlatSettings) -> Iterator[Fault]:
+    if s.torch_compile and s.train_backend == "fsdp" and training_format(s) is not None:
+        key = switch(s)
+        why = f"compiled graphs have not been seen to round as engines do, and {key} = {_shown(s, key)}"
+        yield Fault("torch_compile", True, why, "leave one of them out")
+
+
+@rule
 def adapters_have_no_format(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_rank and (trained := training_format(s)) is not None and s.rollout_weight_format == "as_trained":
         key = switch(s)
@@ -160,8 +168,8 @@ def settings_of_formats_have_one(s: FlatSettings) -> Iterator[Fault]:
 def without_format(s: FlatSettings, formats: set[str]) -> Iterator[Fault]:
     """Yield a fault for each setting of a format that neither trainer nor engines have."""
     if formats <= {"as_trained"}:
-        for key in EXCEPTIONS:
-            if (value := getattr(s, key)) not in (None, False, ()):
+        for key in (*EXCEPTIONS, "precision_metrics_interval"):
+            if (value := getattr(s, key)) not in (None, False, (), 0):
                 yield Fault(key, _plain(value), _WITHOUT_FORMAT, "set one of them, or leave it out")
     of = {"int4_group_size": "int4", "int4_layers": "int4", "fp8_block_scales": "fp8_block"}
     ways = {"int4": "int4_qat or rollout_weight_format = int4", "fp8_block": "fp8_format or rollout_weight_format"}

@@ -28,7 +28,7 @@ class TrainConfig(Section):
 
     torch_compile: bool = False
     """Compile the decoder layers with torch.compile: fewer and larger kernels, after a first step that waits for the
-    compiler (fsdp, one CUDA GPU, 16-bit, dense models without adapters)."""
+    compiler (fsdp, one CUDA GPU, 16-bit, dense models without adapters and low-precision formats)."""
 
     fp16: bool = False
     """Same as train_dtype = float16."""

@@ -17,7 +17,7 @@ class RowRounding:
     """
 
     def __init__(self, weight_format: WeightFormat, *, shares: bool = False) -> None:
-        """`shares`: whether the model is never trained. Asking for the mode would break torch.compile's graphs."""
+        """`shares`: whether the model is never trained."""
         self._format = weight_format
         self._shares = shares
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -56,9 +56,9 @@ class RankWorker:
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that the job was loaded from; None for the initial weights."""
         self.notes: Sequence[str] = ()
+        """What a person should know of how the job was loaded."""
         self.warnings: Sequence[str] = ()
         """What a person should know of the last training step."""
-        """What a person should know of how the job was loaded."""
         self._restored_s = 0.0
         """Time that moving memory back to the device has taken since the last step, in seconds."""
 

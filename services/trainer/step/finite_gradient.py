@@ -15,10 +15,11 @@ class StepOutcome:
     norm: float
     """Of the gradient before clipping."""
     skipped: bool = False
-    """Whether nothing has changed, because the gradient was not finite."""
+    """Whether nothing has changed, because the norm was not finite."""
+    scale_overflowed: bool = False
+    """Whether the scale of float16 losses was too large, and is smaller now."""
     broken: Sequence[str] = ()
-    """Parameters whose gradient is not finite, in the model's order; empty for a step that was taken, and for one that
-    only the scale of float16 losses made overflow."""
+    """Parameters with elements that are not finite in a skipped step, in the model's order."""
 
 
 class SkippedSteps:
@@ -37,12 +38,15 @@ class SkippedSteps:
         """
         if not outcome.skipped:
             self._in_a_row = 0
-        if not outcome.broken:
+        if not outcome.skipped or outcome.scale_overflowed:
             return None
         self._in_a_row += 1
         nearest = ", ".join(reversed(outcome.broken[-_NAMED:]))
-        where = f"the norm of the {self._role}'s gradient is {outcome.norm}; it is broken in {len(outcome.broken)} "
-        where += f"parameters, of which nearest to the loss: {nearest}"
+        where = f"the norm of the {self._role}'s gradient is {outcome.norm}; "
+        if outcome.broken:
+            where += f"it is broken in {len(outcome.broken)} parameters, of which nearest to the loss: {nearest}"
+        else:
+            where += "each of its elements is finite, but they are too large for a norm in float32"
         if self._in_a_row <= self._allowed:
             return f"{where}; the step was skipped ({self._in_a_row} of at most {self._allowed} in a row)"
         raise FloatingPointError(

@@ -16,7 +16,7 @@ from miles.precision.statistics import InputStatistics, WeightStatistics, input_
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.precision.recipe import Recipe
-    from miles.precision.statistics import Rounding
+    from miles.precision.statistics import LayerStatistics
 
 Inputs = Iterable[tuple[int, torch.nn.Module]]
 """Number of the decoder layer and module, whose first argument is multiplied by a matrix that is rounded."""
@@ -36,7 +36,10 @@ class PrecisionMetrics:
 
     @contextlib.contextmanager
     def observing(self, modules_of: Callable[[Recipe], Inputs]) -> Iterator[None]:
-        """Look at the inputs of the modules that a recipe covers inside the block; recomputed ones count twice."""
+        """Look at the inputs of modules that a recipe covers inside the block, in passes with gradient alone.
+
+        Others may be of a reference that takes the policy's place.
+        """
         recipe = next((each for each in (self._training, self._rollout) if each and each.rounds_inputs), None)
         if recipe is None:  # weights alone are rounded
             yield
@@ -60,7 +63,7 @@ class PrecisionMetrics:
                 own.add(name, weight)
         inputs = {} if self._inputs is None else self._inputs.layers
         self._inputs = None
-        found: list[tuple[dict[int, Rounding], dict[int, Rounding]]] = [({}, {}) for _ in range(ranks)]
+        found: list[tuple[dict[int, LayerStatistics], dict[int, LayerStatistics]]] = [({}, {}) for _ in range(ranks)]
         dist.all_gather_object(found, (own.layers, inputs))
         by_weight, by_input = zip(*found, strict=True)
         return weight_metrics(merged(by_weight)) | input_metrics(merged(by_input))
@@ -68,6 +71,7 @@ class PrecisionMetrics:
 
 def _looker(statistics: InputStatistics, layer: int) -> Any:
     def look(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        statistics.add(layer, arguments[0].detach())
+        if torch.is_grad_enabled():
+            statistics.add(layer, arguments[0].detach())
 
     return look

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from examples.smollm2_chain_sum import upcycle
 from examples.smollm2_chain_sum.align import aligned
-from miles.precision.fp8_block import BLOCK, SCALE_SUFFIX, Fp8Block
+from miles.precision.fp8_block import SCALE_SUFFIX, Fp8Block
 from miles.precision.layers import EVERY_MATRIX
+from miles.precision.recipe import FP8_BLOCK
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 2}
 """With heads of 64 as SmolLM2's; no size is a multiple of 128."""
@@ -37,11 +38,11 @@ def test_the_padded_model_gives_the_same_answers(sizes: dict[str, int], multiple
 
 def test_blocks_of_the_padded_model_are_whole_and_never_coarser() -> None:
     model = moe(**SIZES)
-    padded = aligned(model, BLOCK)
+    padded = aligned(model, FP8_BLOCK)
     for name, weight in padded.named_parameters():
         if not EVERY_MATRIX.cover(name, weight.dim()):
             continue
-        assert all(size % BLOCK == 0 for size in weight.shape[-2:]), (name, weight.shape)
+        assert all(size % FP8_BLOCK == 0 for size in weight.shape[-2:]), (name, weight.shape)
         before = model.get_parameter(name)
         if name.endswith("gate_up_proj"):  # gates and ups are matrices of their own
             weight, before = weight.unflatten(1, (2, -1)), before.unflatten(1, (2, -1))
@@ -53,7 +54,7 @@ def test_blocks_of_the_padded_model_are_whole_and_never_coarser() -> None:
 def scale_of_each(weight: torch.Tensor) -> torch.Tensor:
     """The scale that each element of a matrix has in FP8."""
     scales = Fp8Block().quantise(weight.detach())[SCALE_SUFFIX]
-    spread = scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    spread = scales.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
     return spread[..., : weight.shape[-2], : weight.shape[-1]]
 
 

@@ -124,6 +124,20 @@ def test_transformer_engine_keeps_two_copies_in_fp8_until_the_trainer_is_parked(
     assert named(trainer_parts(emulated)[0], "rounded weights") == pytest.approx(kept.bytes, rel=0.001)
 
 
+def test_mxfp8_is_counted_as_kernels_hold_it_which_is_more_than_emulation_does(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(DEEPSEEK.read_text())
+    flags = {**MEGATRON, "train_dtype": "bfloat16", "fp8_format": "e4m3", "fp8_recipe": "mxfp8",
+             "rollout_weight_format": "as_trained"}  # fmt: skip
+    found = run(tmp_path, "cuda", **flags)
+    assert by_kernels(found)
+    assert any("16 bits instead, which is less" in note for note in notes(found))
+    emulated = run(tmp_path, "cuda", **flags, low_precision_impl="emulated")
+    kept = named(trainer_state(found)[0], KERNEL_WEIGHTS)
+    rounded = named(trainer_state(emulated)[0], "rounded weights")
+    assert rounded < kept == pytest.approx(rounded * (1 + 1 / 32), rel=0.001)
+    assert not by_kernels(run(tmp_path, "cuda", **flags, transformer_impl="local"))
+
+
 def test_sglang_holds_its_parts_alone_and_a_cache_in_fp8_has_twice_the_tokens(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(DEEPSEEK.read_text())
     wide = run(tmp_path, "cuda", **MEGATRON, rollout_num_gpus_per_engine=8, rollout_weight_format="as_trained")

@@ -150,7 +150,7 @@ def test_a_number_that_is_not_finite_stays_visible_or_saturates(name: str, dtype
     if number != number or name == "int4":
         assert rounded[129, 143].isnan()
     else:
-        assert rounded[129, 143].abs() >= chosen.largest
+        assert rounded[129, 143].abs() >= codes(name)[-1]
         assert rounded[129, 143].sign() == (1 if number > 0 else -1)
     if name != "nvfp4":  # one scale for all
         assert rounded[0].isfinite().all()

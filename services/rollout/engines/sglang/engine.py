@@ -21,7 +21,7 @@ from miles.services.rollout.engines.base import (
 from miles.services.rollout.engines.sglang.background import BackgroundCalls
 from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
-from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ServedModel
+from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ModelAbilities
 from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.attached import why_unfit
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
@@ -120,7 +120,7 @@ class SglangEngine:
             undo.pop_all()
         self._find_draft(server if attached else given)
         longest = int(server.get("max_req_input_len") or self._loader.max_positions - flags.SPARE_TOKENS)
-        self._dispatcher.model = ServedModel(
+        self._dispatcher.model = ModelAbilities(
             vocabulary=int(info.get("vocab_size") or self._loader.vocabulary),
             max_total_tokens=min(self._options.max_total_tokens or longest, longest),
             seeded=flags.is_deterministic(server if attached else given),

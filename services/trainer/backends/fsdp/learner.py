@@ -159,15 +159,17 @@ class FsdpLearner(Learner[OutputT]):
         """See `Learner.step`."""
         set_learning_rate(self.optimizer, learning_rate(self.iteration, self._config, self._total_iterations))
         norm = self.loss_scale.unscale(self.optimizer)
-        broken: list[str] = []
+        outcome = StepOutcome(norm)
         if math.isfinite(norm):
             clip_gradients(self.optimizer, norm, self._config.clip_grad)
             self.optimizer.step()
-        elif not self.loss_scale.back_off():
-            broken = broken_gradients(self.model)
+        elif self.loss_scale.back_off():
+            outcome = StepOutcome(norm, skipped=True, scale_overflowed=True)
+        else:
+            outcome = StepOutcome(norm, skipped=True, broken=broken_gradients(self.model))
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
-        return StepOutcome(norm, not math.isfinite(norm), broken)
+        return outcome
 
     def reset_optimizer(self) -> None:
         """See `Learner.reset_optimizer`."""

@@ -91,7 +91,8 @@ class MegatronBackend(BaseBackend[_Parts]):
         return _Parts(roles, trainer, parallel, exporter, published, layout, adapter)
 
     def _input_modules(self, recipe: Recipe) -> Inputs:
-        return matrix_inputs(self._loaded.roles.policy.model.bare_chunks)
+        parts = self._loaded
+        return matrix_inputs(recipe, parts.roles.policy.model.config, parts.exporter.tasks(mtp=False))
 
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
         parts = self._loaded

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Number types by their names in Megatron-LM's flags."""
+_SMALLEST_SCALE = 1.0
+"""Megatron-Core's default for float16 losses (min_loss_scale)."""
 
 
 class MegatronOptimizer:
@@ -122,6 +124,8 @@ class MegatronOptimizer:
             if not math.isfinite(norm):
                 return StepOutcome(norm, skipped=True, broken=broken_gradients(self._chunks))
         done, norm, _ = self.inner.step()
-        if not done or norm is None:  # float16 overflowed: the optimizer has lowered its scale
-            return StepOutcome(math.inf, skipped=True)
+        if not done or norm is None:  # of float16; the optimizer lowers its scale while that can help
+            lowered = float(self.inner.get_loss_scale()) > _SMALLEST_SCALE
+            broken = () if lowered else broken_gradients(self._chunks)
+            return StepOutcome(math.inf, skipped=True, scale_overflowed=lowered, broken=broken)
         return StepOutcome(float(norm))

@@ -327,6 +327,11 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "torch_compile = true, but attn_implementation is sdpa, whose shape is another for every micro-batch",
     ),
     (
+        {"torch_compile": True, **FP8},
+        "torch_compile = true, but compiled graphs have not been seen to round as engines do, and fp8_format = e4m3; "
+        "leave one of them out",
+    ),
+    (
         {"torch_compile": True, "use_routing_replay": True},
         "torch_compile = true, but use_routing_replay works in the layers' routers",
     ),
@@ -890,6 +895,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"rollout_weight_format": "as_trained", "extra_high_precision_layers_hf": ["q"]},
         'extra_high_precision_layers_hf = ["q"], but it does nothing without a format: fp8_format, fp4_format,',
+    ),
+    (
+        {"rollout_weight_format": "as_trained", "precision_metrics_interval": 5},
+        "precision_metrics_interval = 5, but it does nothing without a format: fp8_format, fp4_format,",
     ),
     (
         {"rollout_weight_format": "fp8_block", "int4_layers": ["."]},

@@ -68,14 +68,6 @@ def test_inputs_that_layers_share_are_rounded_once_and_others_anew() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.format)
-def test_a_layer_is_one_graph_for_torch_compile(recipe: Recipe) -> None:
-    rounded = RoundedLinear(layer(), rounding(recipe, weights=False))
-    x_NI = torch.randn(7, 144, requires_grad=True)
-    traced = torch.compile(rounded, backend="eager", fullgraph=True)
-    assert torch.equal(traced(x_NI), rounded(x_NI))
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.format)
 def test_a_row_comes_out_the_same_whatever_rows_are_beside_it(recipe: Recipe) -> None:
     rounded = RoundedLinear(layer(), rounding(recipe))
     x_NI = torch.randn(64, 144)

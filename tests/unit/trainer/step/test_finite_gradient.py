@@ -9,7 +9,8 @@ import pytest
 from miles.services.trainer.step.finite_gradient import SkippedSteps, StepOutcome
 
 TAKEN = StepOutcome(1.0)
-OVERFLOW = StepOutcome(math.inf, skipped=True)
+OVERFLOW = StepOutcome(math.inf, skipped=True, scale_overflowed=True)
+TOO_LARGE = StepOutcome(math.inf, skipped=True)
 BROKEN = StepOutcome(math.nan, skipped=True, broken=["embed", "layers.0.up", "layers.0.down", "layers.1.up"])
 
 
@@ -41,3 +42,10 @@ def test_an_overflow_of_float16_is_no_such_step_and_does_not_end_the_row() -> No
     assert skipped.note(OVERFLOW) is None
     with pytest.raises(FloatingPointError):
         skipped.note(BROKEN)
+
+
+def test_a_norm_that_overflows_with_finite_elements_is_counted_and_told() -> None:
+    skipped = SkippedSteps("policy", 1)
+    assert "too large for a norm in float32" in str(skipped.note(TOO_LARGE))
+    with pytest.raises(FloatingPointError, match="2 steps in a row"):
+        skipped.note(TOO_LARGE)

@@ -32,7 +32,7 @@ ABORT_DEADLINE_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelAbilities:
     """What the dispatcher needs to know of the servers' model."""
 
     vocabulary: int
@@ -84,7 +84,7 @@ class Dispatcher:
         self._interval = int(options.server_flags.get("stream_interval") or STREAM_INTERVAL)
         name = f"{options.name}-{uuid.uuid4().hex[:8]}"
         self._rids = (f"{name}-{i:012d}" for i in itertools.count())
-        self.model = ServedModel(vocabulary=0, max_total_tokens=0, seeded=False)
+        self.model = ModelAbilities(vocabulary=0, max_total_tokens=0, seeded=False)
         """To be set before the first request."""
         self.held = False
         """Whether new requests wait; those on servers are not affected."""

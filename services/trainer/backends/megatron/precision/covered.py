@@ -14,7 +14,7 @@ from miles.precision.shards import COLUMNS, ROWS, cut_fault
 from miles.services.trainer.backends.megatron.precision import kernels
 from miles.services.trainer.backends.megatron.precision.choice import LowPrecision
 from miles.services.trainer.backends.megatron.precision.matrices import Matrices, matrices_of
-from miles.services.trainer.backends.megatron.precision.rounding import Rounding
+from miles.services.trainer.backends.megatron.precision.rounding import ParameterRounding
 
 _SHOWN = 5
 
@@ -69,13 +69,13 @@ def differences(low: LowPrecision, config: Any, tasks: Iterable[Any]) -> list[st
     if low.reason and torch.cuda.is_available():
         notes.append(f"{low.recipe.format} is emulated, which is slower than train_dtype alone: {low.reason}")
     if low.by_engine:
-        found = [weight.name for weight in weights(low.recipe, config, tasks) if _has_other_blocks(low.recipe, weight)]
+        found = [weight.name for weight in weights(low.recipe, config, tasks) if has_other_blocks(low.recipe, weight)]
         if found:
             more = f" and {len(found) - 1} more weights" if len(found) > 1 else ""
             notes.append(
-                f"TransformerEngine rounds {found[0]}{more} in other blocks than the exported ones, because matrices "
-                "in it, or ranks' parts of them, are no whole number of blocks; low_precision_impl = emulated rounds "
-                "them as exported, in layouts that do not cut blocks"
+                f"TransformerEngine may round {found[0]}{more} in other blocks than the exported ones: matrices in it, "
+                "or ranks' parts of them, are no whole number of blocks, or it is not known where they lie; "
+                "low_precision_impl = emulated rounds as exported, and refuses what it cannot round so"
             )
     return notes
 
@@ -115,7 +115,7 @@ def _apply_emulated(recipe: Recipe, found: Iterable[Weight]) -> list[str]:
             faults.append(f"some matrices of {weight.name} alone, which have the same inputs")
         elif fault := _cut_fault(recipe, weight) or chosen.why_not(tuple(weight.parameter.shape)):
             faults.append(f"{weight.name}: {fault}")
-        elif not round_in(weight.module, weight.attribute, Rounding(chosen, weight.matrices, weight.covered)):
+        elif not round_in(weight.module, weight.attribute, ParameterRounding(chosen, weight.matrices, weight.covered)):
             faults.append(f"{weight.name}, a {type(weight.module).__name__}")
     return faults
 
@@ -132,10 +132,12 @@ def _cut_fault(recipe: Recipe, weight: Weight) -> str | None:
     return next((fault for fault in faults if fault), None)
 
 
-def _has_other_blocks(recipe: Recipe, weight: Weight) -> bool:
-    """Whether rounding a covered parameter as one matrix rounds differently than its matrices are by themselves."""
-    if weight.matrices is None or not any(weight.covered):
+def has_other_blocks(recipe: Recipe, weight: Weight) -> bool:
+    """Whether rounding a covered parameter as one matrix may round differently than its matrices are by themselves."""
+    if not any(weight.covered):
         return False
+    if weight.matrices is None:
+        return True
     outputs, inputs = weight.parameter.shape
     runs, dimension = weight.matrices.runs(outputs), _cut_dimension(weight)
     if dimension == COLUMNS and cut_fault(recipe, COLUMNS, inputs):

@@ -14,7 +14,7 @@ from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.core.extensions import transformer_engine as engine
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from miles.services.trainer.backends.megatron.precision.rounding import Rounding
+from miles.services.trainer.backends.megatron.precision.rounding import ParameterRounding
 
 _LOCAL = {ColumnParallelLinear: "column", RowParallelLinear: "row"}
 _ENGINE = {
@@ -28,7 +28,7 @@ _ENGINE = {
 """How ranks share the weights of layers, for megatron-bridge."""
 
 
-def round_in(module: Any, attribute: str, rounding: Rounding) -> bool:
+def round_in(module: Any, attribute: str, rounding: ParameterRounding) -> bool:
     """Have a layer multiply by what `rounding` makes of its parameter; False when it is of another kind."""
     if not hasattr(module, "roundings"):
         plain: type = type(module)
@@ -44,7 +44,7 @@ def round_in(module: Any, attribute: str, rounding: Rounding) -> bool:
 class _RoundedLocal:
     """Before Megatron-Core's own layer, whose product is `_forward_impl`."""
 
-    roundings: dict[str, Rounding]
+    roundings: dict[str, ParameterRounding]
     """By name of the parameter."""
 
     def _forward_impl(self, *arguments: Any, **others: Any) -> torch.Tensor:
@@ -57,7 +57,7 @@ class _RoundedLocal:
 class _RoundedEngine:
     """Before TransformerEngine's layer, which asks `_get_weight_tensors` for what it multiplies; inputs are its own."""
 
-    roundings: dict[str, Rounding]
+    roundings: dict[str, ParameterRounding]
     """By name of the parameter; layers of experts have one for each."""
 
     def _get_weight_tensors(self) -> list[torch.Tensor]:

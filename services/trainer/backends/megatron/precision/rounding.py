@@ -13,7 +13,7 @@ from miles.precision.rounding import rounded_inputs
 from miles.services.trainer.backends.megatron.precision.matrices import Matrices
 
 
-class Rounding:
+class ParameterRounding:
     """Rounds one parameter, and the inputs that it is multiplied with."""
 
     def __init__(self, weight_format: WeightFormat, matrices: Matrices, covered: tuple[bool, ...]) -> None:
@@ -64,7 +64,7 @@ def rounded_once(modules: Iterable[Any]) -> Iterator[None]:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_OI: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    def forward(ctx: Any, weight_OI: torch.Tensor, rounding: ParameterRounding) -> torch.Tensor:
         return rounding.values(weight_OI)
 
     @staticmethod

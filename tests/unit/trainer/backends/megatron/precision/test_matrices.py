@@ -5,7 +5,7 @@ import torch
 
 from miles.precision.fp8_block import Fp8Block
 from miles.services.trainer.backends.megatron.precision.matrices import GateAndUp, Matrices, QueryGroups, Whole
-from miles.services.trainer.backends.megatron.precision.rounding import Rounding, rounded_once
+from miles.services.trainer.backends.megatron.precision.rounding import ParameterRounding, rounded_once
 
 HEAD, COLUMNS = 40, 200
 FORMAT = Fp8Block()
@@ -50,7 +50,7 @@ LAYOUTS: list[tuple[Matrices, int]] = [
 def test_gradients_go_straight_through(layout: Matrices, count: int) -> None:
     weight = matrix(4 * HEAD, 0).requires_grad_()
     before = weight.detach().clone()
-    rounded = Rounding(FORMAT, layout, (True,) * count).weight(weight)
+    rounded = ParameterRounding(FORMAT, layout, (True,) * count).weight(weight)
     gradient = torch.randn_like(rounded)
     rounded.backward(gradient)
     assert weight.grad is not None
@@ -61,7 +61,7 @@ def test_gradients_go_straight_through(layout: Matrices, count: int) -> None:
 
 def test_a_weight_is_rounded_once_in_a_block_and_anew_after_it() -> None:
     module = torch.nn.Linear(COLUMNS, HEAD)
-    rounding = Rounding(FORMAT, Whole(("o",)), (True,))
+    rounding = ParameterRounding(FORMAT, Whole(("o",)), (True,))
     module.roundings = {"weight": rounding}  # type: ignore[assignment]
     with rounded_once([module]):
         first, second = (rounding.weight(module.weight) for _ in range(2))
@@ -75,4 +75,4 @@ def test_a_weight_is_rounded_once_in_a_block_and_anew_after_it() -> None:
 
 
 def test_experts_without_rows_have_nothing_to_round() -> None:
-    assert Rounding(FORMAT, Whole(("up",)), (True,)).inputs(torch.empty(0, 256)).shape == (0, 256)
+    assert ParameterRounding(FORMAT, Whole(("up",)), (True,)).inputs(torch.empty(0, 256)).shape == (0, 256)
