@@ -51,6 +51,8 @@ class Server:
     """Its tensor-parallel size."""
     flags: Mapping[str, Any]
     """SGLang's own flags by name, on top of those of all."""
+    group: str = dataclasses.field(default="", compare=False)
+    """The key of its group in the file; empty without one."""
 
 
 def servers_of_service(flat: Mapping[str, Any]) -> tuple[Server, ...]:
@@ -98,7 +100,7 @@ def _groups(flat: Mapping[str, Any], faults: list[Fault]) -> Iterator[tuple[Serv
                 problems.append(f"num_gpus of {where} are no multiple of num_gpus_per_engine = {size}")
         faults += [_fault(flat, problem, "correct it") for problem in problems]
         if not problems:
-            yield Server(size, dict(group.get("overrides") or {})), group["num_gpus"] // size
+            yield Server(size, dict(group.get("overrides") or {}), where), group["num_gpus"] // size
 
 
 def _model(flat: Mapping[str, Any], faults: list[Fault]) -> Mapping[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 from miles.config.backends import is_installed
 from miles.config.checks.json_file import read_json_object
 from miles.config.rules.precision import why_emulated
+from miles.config.schema.flat_settings import InvalidSetting
 from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.probe import torch_facts
 from miles.doctor.subject import Subject
-from miles.precision.of_run import rollout_recipe_of, training_recipe_of
+from miles.precision.of_run import recipes_of
 
 Capability = tuple[int, int]
 _TRAINING: Mapping[str, Capability] = {"fp8_block": (9, 0), "mxfp8": (10, 0)}
@@ -42,12 +43,14 @@ class LowPrecision:
 
 
 def look(subject: Subject) -> LowPrecision:
-    """Read the recipes of the configuration, and ask PyTorch for the GPUs where they matter."""
+    """Read the recipes of the configuration, and ask PyTorch for the GPUs where they matter. Raises InvalidSetting."""
     s = subject.settings
     if s is None or s.device == "cpu":
         return LowPrecision()
     model = read_json_object(pathlib.Path(s.hf_checkpoint or "") / "config.json")
-    trained, served = training_recipe_of(s, model), rollout_recipe_of(s, model)
+    if (recipes := recipes_of(s, model)) is None:
+        raise InvalidSetting("te_precision_config_file")
+    trained, served = recipes
     by_engine = trained is not None and s.low_precision_impl != "emulated" and why_emulated(s) is None
     by_servers = served is not None and s.rollout_backend == "sglang" and s.rollout_external_engine_addrs is None
     if not by_engine and not by_servers:

@@ -12,6 +12,7 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model import model_faults
 from miles.config.command.flags import CommandLine
 from miles.config.job import JobConfig, examine, resolution
+from miles.config.rules.precision import precision_file_faults
 from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.launcher.run_plan import RunPlan
@@ -57,7 +58,7 @@ def memory_plan(line: CommandLine, precision: str | None, scratch: pathlib.Path)
     found = resolution(flat, "cpu" if on_cpu else "cuda")
     examination = examine(found.flat)
     faults = line.merge(examination.faults)
-    if faults:
+    if faults := faults or list(precision_file_faults(examination.settings)):
         raise ConfigError(faults)
     cluster = None if on_cpu else line.assumed or _large_enough(examination.settings)
     if cluster is not None and (faults := _no_room(examination.settings, cluster)):

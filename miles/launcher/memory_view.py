@@ -16,7 +16,10 @@ from miles.memory.report import GpuLoad, NodeLoad, Report, report_of
 from miles.memory.run import Run, run_of
 from miles.placement.nodes import Cluster
 
-NO_MODEL = "not estimated: config.json does not say the model's sizes, and there are no weights to count"
+NO_MODEL = (
+    "not estimated: config.json does not say the model's sizes, and there are no weights to count, or "
+    "te_precision_config_file is at fault"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

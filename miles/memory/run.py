@@ -16,7 +16,7 @@ from miles.memory.model import ModelShape, shape_of
 from miles.memory.parameters import Parameters, model_parameters
 from miles.memory.tensors import model_tensors
 from miles.precision.number_types import AUTO, decide
-from miles.precision.of_run import rollout_recipe_of, training_recipe_of
+from miles.precision.of_run import recipes_of
 from miles.precision.recipe import Recipe
 
 _PROMPT_TOKENS = 1024
@@ -117,12 +117,13 @@ class Run:
 
 
 def run_of(settings: FlatSettings | None) -> Run | None:
-    """Return what the estimates of a configuration need; None without one, or without a readable model."""
+    """Return what the estimates of a configuration need; None without one, or a readable model, or recipes."""
     if settings is None or not settings.hf_checkpoint:
         return None
     s = settings
     policy, config = read_model(s.hf_checkpoint), read_config(s.hf_checkpoint)
-    if policy is None:
+    recipes = recipes_of(s, config)
+    if policy is None or recipes is None:
         return None
     types = decide(s.train_dtype, s.rollout_dtype, {})
     # Of two undecided types float32 is usual on a CPU, and larger.
@@ -135,8 +136,8 @@ def run_of(settings: FlatSettings | None) -> Run | None:
         train_bytes=train,
         master_bytes=4 if s.keep_fp32_master else train,
         engine_bytes=4 if undecided or types.rollout_dtype == "float32" else 2,
-        training=training_recipe_of(s, config),
-        serving=rollout_recipe_of(s, config),
+        training=recipes.trained,
+        serving=recipes.served,
     )
 
 

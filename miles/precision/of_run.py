@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles.precision.layers import QuantisedLayers
 from miles.precision.megatron_names import ModulePattern
 from miles.precision.quantization_config import UnknownQuantisation, recipe_of
 from miles.precision.recipe import INT4_GROUP, FormatName, Recipe
-from miles.precision.te_config import patterns_in
+from miles.precision.te_config import PrecisionFileError, patterns_in
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
     Settings = PrecisionConfig | FlatSettings
     """FlatSettings has the section's settings too."""
+
+
+class Recipes(NamedTuple):
+    """Both of a run's."""
+
+    trained: Recipe | None
+    """By what the trainer computes; None for train_dtype alone."""
+    served: Recipe | None
+    """By what engines are served; None for rollout_dtype alone."""
 
 
 def training_recipe(config: JobConfig) -> Recipe | None:
@@ -36,14 +45,31 @@ def export_recipe(config: JobConfig) -> Recipe | None:
     return rollout_recipe(config) if config.checkpoint.save_hf_format == "rollout" else None
 
 
+def recipes_of(settings: Settings, model: Mapping[str, Any]) -> Recipes | None:
+    """The recipes of settings and a model with this config.json; None when te_precision_config_file has a fault.
+
+    For whatever looks at settings that nobody has checked: rules and checks of the configuration report the fault.
+    """
+    try:
+        return Recipes(training_recipe_of(settings, model), rollout_recipe_of(settings, model))
+    except PrecisionFileError:
+        return None
+
+
 def training_recipe_of(settings: Settings, model: Mapping[str, Any]) -> Recipe | None:
-    """By what a trainer computes that has these settings and a model with this config.json."""
+    """By what a trainer computes that has these settings and a model with this config.json.
+
+    Raises PrecisionFileError.
+    """
     chosen = training_format(settings)
     return None if chosen is None else _recipe(chosen, settings, model)
 
 
 def rollout_recipe_of(settings: Settings, model: Mapping[str, Any]) -> Recipe | None:
-    """By what engines are served. `auto` is the format of the folder, or else the trainer's."""
+    """By what engines are served. `auto` is the format of the folder, or else the trainer's.
+
+    Raises PrecisionFileError.
+    """
     asked = settings.rollout_weight_format
     if asked == "as_trained":
         return None

@@ -28,10 +28,9 @@ from miles.memory.model import ModelShape, shape_of
 from miles.precision.number_types import AUTO
 from miles.precision.of_run import (
     folder_recipe,
-    rollout_recipe_of,
+    recipes_of,
     stated_recipe,
     training_format,
-    training_recipe_of,
 )
 from miles.precision.recipe import Recipe
 from miles.precision.te_config import BASE64
@@ -46,17 +45,16 @@ def precision_faults(s: FlatSettings) -> Iterator[Fault]:
         yield RunFault("low_precision_impl", s.low_precision_impl, "TransformerEngine is not installed here", remedy)
     file = s.te_precision_config_file
     if file is not None and not file.startswith(BASE64):
-        faults = list(precision_file_faults(s))
-        yield from faults
-        if faults:
-            return
+        yield from precision_file_faults(s)
     if not s.hf_checkpoint or not (model := read_json_object(pathlib.Path(s.hf_checkpoint) / "config.json")):
         return
     folder = folder_recipe(model)
     if folder is not None and (other := _other_format(s, folder)) is not None:
         yield other
         return
-    trained, served = training_recipe_of(s, model), rollout_recipe_of(s, model)
+    if (recipes := recipes_of(s, model)) is None:
+        return
+    trained, served = recipes
     yield from _formats(s, trained, served)
     shape = shape_of(model)
     if folder is not None and folder in (trained, served):

@@ -16,15 +16,16 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import ConfigError, Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.server_groups import READ, Server, servers_of_service
+from miles.config.sglang.taking import take
 from miles.engine_spec import engine_spec
 from miles.memory.model import ModelShape, shape_of
-from miles.precision.of_run import rollout_recipe_of
+from miles.precision.of_run import recipes_of
 from miles.precision.recipe import FP8_BLOCK, Recipe
 
 _HIDDEN_MULTIPLE, _WIDTH_MULTIPLE = 128, 64
 """Of the sizes of Marlin's expert kernels."""
 _GROUP_SIZES = (32, 64, 128)
-_SAYS_FORMAT = ("quantization", "quantize_and_serve", "load_format", "json_model_override_args")
+_SAYS_FORMAT = ("quantization", "load_format", "json_model_override_args")
 """Flags of SGLang's that say otherwise what a server's weights are."""
 _REPACKS = ("auto", "marlin")
 """Runners of INT4 experts that SGLang restores before an update."""
@@ -50,19 +51,23 @@ def served_precision_faults(s: FlatSettings) -> Iterator[Fault]:
     if s.rollout_backend != "sglang" or s.debug_train_only or not s.hf_checkpoint:
         return
     model = read_json_object(pathlib.Path(s.hf_checkpoint) / "config.json")
-    recipe = rollout_recipe_of(s, model)
+    recipes = recipes_of(s, model)
+    recipe = None if recipes is None else recipes.served  # another check reports a file with a fault
     if recipe is None or recipe.format not in engine_spec("sglang").weight_formats:
         return  # a rule reports formats that it does not take
     yield from _run_faults(s, recipe)
-    shape = shape_of(model)
-    if shape is None:
-        return
     try:
         servers = servers_of_service({key: getattr(s, key) for key in READ})
     except ConfigError:
         return  # another check reports it
     if s.rollout_external_engine_addrs is not None:
         servers = (Server(1, {}),)
+    groups = {server.group: server for server in servers or (Server(1, {}),)}
+    found = [fault for server in groups.values() for fault in _flag_faults(recipe, s, server)]
+    yield from {str(fault): fault for fault in found}.values()
+    shape = shape_of(model)
+    if shape is None:
+        return
     for problem, remedy in dict.fromkeys(_model_problems(s, recipe, shape, servers)):
         yield _fault(s, problem, remedy)
 
@@ -75,20 +80,36 @@ def _run_faults(s: FlatSettings, recipe: Recipe) -> Iterator[Fault]:
     if s.rollout_dtype == "float32":
         problem = f"SGLang multiplies {name} matrices with inputs of 16 bits"
         yield Fault("rollout_dtype", s.rollout_dtype, problem, "set it to bfloat16")
+
+
+def _flag_faults(recipe: Recipe, s: FlatSettings, server: Server) -> Iterator[Fault]:
+    """Flags of a server that do not go with the recipe: those of all servers, or of its group in `sglang_config`."""
+    name, as_trained = recipe.format, "set rollout_weight_format to as_trained"
+    own = take(server.flags, {}, "sglang_").args
+    flags = {**s.sglang_args, **own}
+
+    def fault(flag: str, value: Any, problem: str, remedy: str) -> Fault:
+        if flag not in own:
+            return Fault(f"sglang_{flag}", value, problem, remedy)
+        where = f"{flag} of {server.group} is {_text(value)}, and"
+        return Fault("sglang_config", s.sglang_config, f"{where} {problem}", remedy)
+
     for flag in _SAYS_FORMAT:
-        value = s.sglang_args.get(flag)
+        value = flags.get(flag)
         if value is not None and (flag != "json_model_override_args" or "quantization_config" in _text(value)):
             problem = f"rollout_weight_format = {s.rollout_weight_format} has servers take weights in {name}"
-            yield Fault(f"sglang_{flag}", value, problem, "leave it out, or set rollout_weight_format to as_trained")
-    algorithm = str(s.sglang_args.get("speculative_algorithm") or "").upper()
-    if algorithm in engine_spec("sglang").mtp_drafts and s.sglang_args.get("speculative_draft_model_path") is None:
+            yield fault(flag, value, problem, f"leave it out, or {as_trained}")
+    algorithm = str(flags.get("speculative_algorithm") or "").upper()
+    if algorithm in engine_spec("sglang").mtp_drafts and flags.get("speculative_draft_model_path") is None:
         problem = f"drafts of the policy's own MTP layers are not served beside {name} weights"
-        remedy = "give sglang_speculative_draft_model_path, or set rollout_weight_format to as_trained"
-        yield Fault("sglang_speculative_algorithm", algorithm, problem, remedy)
-    runner = str(s.sglang_args.get("moe_runner_backend") or "auto")
+        yield fault(
+            *("speculative_algorithm", algorithm, problem),
+            f"give sglang_speculative_draft_model_path, or {as_trained}",
+        )
+    runner = str(flags.get("moe_runner_backend") or "auto")
     if name == "int4" and runner not in _REPACKS:
         problem = "SGLang cannot update INT4 weights that this runner has repacked"
-        yield Fault("sglang_moe_runner_backend", runner, problem, f"set it to {' or '.join(_REPACKS)}")
+        yield fault("moe_runner_backend", runner, problem, f"set it to {' or '.join(_REPACKS)}")
 
 
 def _text(value: Any) -> str:

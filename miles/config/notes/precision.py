@@ -14,9 +14,8 @@ from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.precision_variables import asked_by
 from miles.memory.model import shape_of
 from miles.precision.number_types import AUTO
-from miles.precision.of_run import folder_recipe, rollout_recipe_of, training_format, training_recipe_of
+from miles.precision.of_run import folder_recipe, recipes_of, training_format
 from miles.precision.recipe import Recipe
-from miles.precision.te_config import PrecisionFileError
 
 _NARROW = ("fp8", "fp4", "mxfp8", "nvfp4")
 """Beginnings of SGLang's types of a KV cache in few bits."""
@@ -25,10 +24,9 @@ _NARROW = ("fp8", "fp4", "mxfp8", "nvfp4")
 @noted
 def recipes_of_trainer_and_engines(s: FlatSettings) -> Iterator[Note]:
     model = read_json_object(pathlib.Path(s.hf_checkpoint or "") / "config.json")
-    try:
-        trained, served = training_recipe_of(s, model), rollout_recipe_of(s, model)
-    except PrecisionFileError:
+    if (recipes := recipes_of(s, model)) is None:
         return  # a rule or a check reports it
+    trained, served = recipes
     folder = folder_recipe(model)
     if trained is not None:
         key = switch(s)
@@ -56,14 +54,11 @@ def blocks_of_kernels(s: FlatSettings) -> Iterator[Note]:
     if training_format(s) is None or s.low_precision_impl == "emulated" or why_emulated(s) is not None:
         return
     model = read_json_object(pathlib.Path(s.hf_checkpoint or "") / "config.json")
-    try:
-        trained, shape = training_recipe_of(s, model), shape_of(model)
-    except PrecisionFileError:
-        return  # a rule or a check reports it
-    if trained is None or shape is None:
-        return
+    recipes, shape = recipes_of(s, model), shape_of(model)
+    if recipes is None or recipes.trained is None or shape is None:
+        return  # a rule or a check reports a file with a fault
     sizes = {"tensor": s.tensor_model_parallel_size, "expert_tensor": s.expert_tensor_parallel_size}
-    if (name := other_blocks(trained, shape, **sizes)) is not None:
+    if (name := other_blocks(recipes.trained, shape, **sizes)) is not None:
         text = (
             f"TransformerEngine's kernels round {name}, among others, in blocks that it shares with what lies beside "
             "it in Megatron's parameters, so that the trainer's weights differ from those that engines are sent; with "

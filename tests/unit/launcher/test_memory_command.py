@@ -94,6 +94,10 @@ def test_a_folder_or_a_file_will_do_as_the_model(
         ([*LARGE, "--precision", "fp7"], "--precision = fp7, but there is no such precision; use bf16, fp8,"),
         ([*LARGE, "--assume-gpus", "8"], "actor_num_nodes = 16, but there is 1 node"),
         ([*LARGE, "--num-layer", "3"], "--num-layer"),
+        (
+            [*LARGE, "--precision", "fp8", "--train-backend", "megatron", "--te-precision-config-file", "/no.yaml"],
+            "1 fault in the configuration:\n  te_precision_config_file = /no.yaml, but it cannot be read",
+        ),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import pathlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.change_signal import ChangeSignal
-from miles.config.checks.json_file import read_json_object
 from miles.engine_spec import EngineSpec, engine_spec
-from miles.precision.of_run import folder_recipe
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import (
     EngineFailed,
@@ -26,6 +23,7 @@ from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUn
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ModelAbilities
 from miles.services.rollout.engines.sglang.server import flags
+from miles.services.rollout.engines.sglang.server.attached import why_unfit
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.process import IN_SERVER
 from miles.services.rollout.engines.sglang.server.replica import Replica
@@ -133,15 +131,11 @@ class SglangEngine:
 
         SGLang would convert values to the type that it holds them in, and leave their scales out.
         """
-        recipe, dtype = self._options.recipe, self._options.dtype
         server = await replica.api.get("/server_info", self._options.call_timeout_s)
-        folder = pathlib.Path(str(server.get("model_path") or ""))
-        model = read_json_object(folder / "config.json")  # empty when its folder is on another host
-        held, wanted = folder_recipe(model), None if recipe is None else recipe.format
-        if model and (None if held is None else held.format) != wanted:
+        problem = why_unfit(server, self._options.recipe, self._options.dtype, self._loader.shapes)
+        if problem is not None:
             raise ServerUnstartable(
-                f"{replica.api.address} was started to hold weights in {dtype if held is None else held.format}, and "
-                f"versions come in {wanted or dtype}; set rollout_weight_format, or start it from another folder"
+                f"{replica.api.address} {problem}; set rollout_weight_format, or start it from another folder"
             )
         if self._options.repacks and not replica.has_functions:
             raise ServerUnstartable(
@@ -204,7 +198,7 @@ class SglangEngine:
             staging = asyncio.create_task(self._loader.stage(tensors))
             async with cancelled_at_end(staging):
                 if paused is None and not self._released:
-                    await self._servers.pause("in_place")
+                    await self._servers.pause("in_place", updates=True)
                 staged = await staging
             # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
             await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE), staged=staged)
@@ -290,7 +284,7 @@ class SglangEngine:
             if unless:
                 yield
                 return
-            await self._servers.pause("in_place")
+            await self._servers.pause("in_place", updates=True)
             try:
                 yield
             finally:

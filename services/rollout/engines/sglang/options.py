@@ -84,9 +84,9 @@ class SglangOptions:
         return self.recipe is not None and self.recipe.format == "int4"
 
     @property
-    def takes_fp8_tensors(self) -> bool:
-        """Whether FP8 weights come in update sessions, and not as files."""
-        return self.recipe is not None and self.recipe.format == "fp8_block" and self.weight_path != "disk"
+    def serves_fp8(self) -> bool:
+        """Whether servers hold FP8 weights."""
+        return self.recipe is not None and self.recipe.format == "fp8_block"
 
     @property
     def count(self) -> int:

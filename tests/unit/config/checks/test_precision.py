@@ -10,8 +10,15 @@ import pytest
 from config_cases import MINIMAL
 
 from miles.config.backends import is_installed
+from miles.config.checks.environment import environment_faults
+from miles.config.checks.model import model_faults
 from miles.config.checks.precision import precision_faults
 from miles.config.job import examine
+from miles.config.notes.registry import notes
+from miles.config.schema.flat_settings import InvalidSetting
+from miles.doctor import low_precision
+from miles.doctor.subject import Subject
+from miles.memory.run import run_of
 
 MOE = {
     "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512,
@@ -201,3 +208,23 @@ def test_what_agrees_is_taken(
     tmp_path: pathlib.Path, model: dict[str, Any], quantised: dict[str, Any] | None, changes: dict[str, Any]
 ) -> None:
     assert faults(tmp_path, model, quantised, **changes) == []
+
+
+@pytest.mark.parametrize("file", ["/nothing.yaml", "base64:%"])
+def test_a_file_of_precision_with_a_fault_is_one_fault(tmp_path: pathlib.Path, file: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DENSE | {"architectures": ["Qwen3ForCausalLM"]}))
+    found = examine(
+        {
+            **MINIMAL, **FP8, "train_backend": "megatron", "rollout_backend": "sglang", "device": "cuda",
+            "rollout_dtype": "bfloat16", "save_hf_format": "rollout", "save_hf": str(tmp_path / "out"),
+            "save_interval": 1, "hf_checkpoint": str(tmp_path), "te_precision_config_file": file,
+        }
+    )  # fmt: skip
+    everything = [*found.faults, *environment_faults(found.settings), *model_faults(found.settings)]
+    about = {str(fault) for fault in everything if fault.field == "te_precision_config_file"}
+    assert len(about) == 1, everything
+    assert [fault for fault in model_faults(found.settings) if fault.field != "te_precision_config_file"] == []
+    assert run_of(found.settings) is None
+    with pytest.raises(InvalidSetting, match="te_precision_config_file"):  # which `miles doctor` reports
+        low_precision.look(Subject(found.settings, found.faults))
+    assert [note for note in notes(found.settings) if "computes in" in note.text] == []

@@ -102,3 +102,24 @@ def test_the_format_of_the_folder_counts_unless_weights_are_served_as_trained(tm
     model = DENSE | {"head_dim": 80, "quantization_config": stated}
     assert "rollout_weight_format = auto, but self_attn.q_proj is 320 wide" in faults(tmp_path, model)[0]
     assert faults(tmp_path, model, rollout_weight_format="as_trained", rollout_dtype="float32") == []
+
+
+def test_flags_of_a_group_of_servers_are_looked_at_too(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "servers.yaml"
+
+    def found(name: str, overrides: str, **changes: Any) -> list[str]:
+        second = f"{{num_gpus: 1, overrides: {{{overrides}}}}}"
+        file.write_text(f"sglang: [{{name: actor, server_groups: [{{num_gpus: 1}}, {second}]}}]")
+        return faults(tmp_path, EXPERTS, rollout_weight_format=name, sglang_config=str(file), **changes)
+
+    (fault,) = found("int4", "moe-runner-backend: triton")
+    assert fault.startswith(
+        f"sglang_config = {file}, but moe_runner_backend of server_groups[1] is triton, and SGLang cannot update INT4"
+    )
+    assert found("int4", "moe_runner_backend: marlin") == []
+    assert found("fp8_block", "moe_runner_backend: triton") == []
+    for flag in ("load_format: auto", "json_model_override_args: {quantization_config: {}}"):
+        (fault,) = found("fp8_block", flag)
+        assert f"{flag.partition(':')[0]} of server_groups[1] is" in fault
+    (fault,) = found("int4", "page_size: 1", sglang_moe_runner_backend="triton")
+    assert fault.startswith("sglang_moe_runner_backend = triton")

@@ -33,9 +33,10 @@ class ServerGroup:
             raise EngineFailed(f"waited {self._up_timeout_s:g} s for an SGLang server to be up") from None
         return up
 
-    async def pause(self, mode: str, *, always: bool = False) -> None:
+    async def pause(self, mode: str, *, always: bool = False, updates: bool = False) -> None:
         """Pause every server as `Replica.pause` does; no server may get a request meanwhile."""
-        await self.call_each(await self.up(), lambda replica: replica.pause(mode, always=always), "pause")
+        up = await self.up()
+        await self.call_each(up, lambda replica: replica.pause(mode, always=always, updates=updates), "pause")
 
     async def resume(self) -> None:
         """Resume every server."""

@@ -23,6 +23,7 @@ from miles.services.rollout.engines.sglang.server.process import ServerProcess
 from miles.services.rollout.engines.sglang.server.served_model import ServedModel
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.services.rollout.engines.sglang.weights.checker import drain_device
+from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,17 @@ class Replica:
         self._reported_at = 0.0
 
     @property
+    def drains_by_function(self) -> bool:
+        """Whether a function of `in_server` waits for its GPU, instead of a checksum of nothing.
+
+        SGLang leaves no FP8 weights out of a checksum.
+        """
+        return self.has_functions and self._options.serves_fp8
+
+    @property
     def drains_in_updates(self) -> bool:
-        """Whether updates wait for its GPU; otherwise a checksum of nothing does, which leaves out no FP8 weights."""
-        return self.has_functions and self._options.takes_fp8_tensors
+        """Whether sessions of updates wait for its GPU, first and last; updates from files have none."""
+        return self.drains_by_function and self._options.weight_path != "disk"
 
     @property
     def name(self) -> str:
@@ -277,8 +286,11 @@ class Replica:
         if self.limit.limit != before:
             self._on_change()
 
-    async def pause(self, mode: str, *, always: bool = False) -> None:
+    async def pause(self, mode: str, *, always: bool = False, updates: bool = False) -> None:
         """Have no step run until `resume`: mode in_place or retract. The caller gives it no request meanwhile.
+
+        `updates`: nothing but an update or a checksum follows before `resume`, so that this need not wait for the GPU
+        where they do.
 
         A server that surely has no requests is not called, unless `always`: it runs no step without one. A step that it
         had begun ahead for a response that has ended may still run, and nothing reads what it computes.
@@ -290,13 +302,16 @@ class Replica:
         self._scheduler_paused = True
         await self.api.post("/pause_generation", {"mode": mode}, self._options.call_timeout_s)
         # To retract, a scheduler first waits for the step under way; an idle one has nothing left on its GPU then.
-        if self._options.on_gpu and not (idle and mode == "retract"):
+        if self._options.on_gpu and not (idle and mode == "retract") and not (updates and self.drains_in_updates):
             await self.drain()
 
     async def drain(self) -> None:
-        """Return once its GPU has finished all its work; at once if updates themselves wait for it."""
-        if not self.drains_in_updates:
-            await drain_device(self.api, self._options.call_timeout_s)
+        """Return once its GPU has finished all its work; only while its scheduler is paused."""
+        timeout_s = self._options.call_timeout_s
+        if self.drains_by_function:
+            await WeightUpdate(self.api, None, "draft", timeout_s, ranks=self.ranks).drain()
+        else:
+            await drain_device(self.api, timeout_s)
 
     async def resume(self) -> None:
         """Resume the scheduler, if it was told to pause.

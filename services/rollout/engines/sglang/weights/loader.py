@@ -66,6 +66,11 @@ class WeightLoader:
         return self._layout.vocabulary
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the tensors of a version, by name, before matrices are quantised."""
+        return self._layout.shapes
+
+    @property
     def max_positions(self) -> int:
         """Positions that the model was made for."""
         return self._layout.max_positions
@@ -177,7 +182,7 @@ class WeightLoader:
         """
         if self.version is None or replica.version == self.version:
             return True
-        await replica.pause("in_place")
+        await replica.pause("in_place", updates=True)
         try:
             await self._push([replica], self.version, self.tensors, self._selector)
             if self._draft:
@@ -269,7 +274,7 @@ class WeightLoader:
         async def update(replica: Replica) -> None:
             push = self._update(replica, version, selector)
             await push.from_tensors(ready.buckets(len(replicas)))
-            if ready.copied_on_gpu:
+            if ready.copied_on_gpu and not replica.drains_in_updates:
                 await replica.drain()
 
         if selector == "draft":  # a server that refuses a draft serves the policy as before
@@ -298,7 +303,7 @@ class WeightLoader:
                 raise EngineFailed(f"{replica.name} was lost before it could receive the weights")
             push = self._update(replica, version, selector)
             await push.from_sources(replica.member, weights)
-            if self._options.on_gpu:
+            if self._options.on_gpu and not replica.drains_in_updates:
                 await replica.drain()
             found[replica.name] = await checker.checksum(replica.api, selector, timeout_s)
 

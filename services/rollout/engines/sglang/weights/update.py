@@ -75,6 +75,16 @@ class WeightUpdate:
         async with self._session():
             await member.receive(weights, self._version, self._selector)
 
+    async def drain(self) -> None:
+        """Return once the GPU of a server that has the functions of `in_server` has finished all its work.
+
+        The end of a session processes the weights of the models that it was begun for, as if they were new ones. So
+        this one is begun for the draft model, which few servers have and no update of the policy changes, and the
+        function is called for the policy's.
+        """
+        async with self._session():
+            await self._call(DRAIN, "target")
+
     async def from_files(self, folder: pathlib.Path) -> None:
         """Load a folder of safetensors files. Raises ServerRefused, EngineFailed."""
         body = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
@@ -100,13 +110,13 @@ class WeightUpdate:
             raise
         await self._api.post("/end_weight_update", {}, self._timeout_s)
 
-    async def _call(self, function: str) -> None:
-        """Have every rank call a function of `in_server`."""
+    async def _call(self, function: str, selector: Selector | None = None) -> None:
+        """Have every rank call a function of `in_server`, for a model that may be another than the session's."""
         body = {
             "serialized_named_tensors": [buckets.serialized([])] * self._ranks,
             "load_format": function,
             "flush_cache": False,
-            "selector": self._selector,
+            "selector": self._selector if selector is None else selector,
         }
         await self._api.post("/update_weights_from_tensor", body, self._timeout_s)
 

@@ -12,9 +12,11 @@ import pytest
 from aiohttp import web
 
 from miles.change_signal import ChangeSignal
+from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.sglang import SglangOptions
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.server import replica
+from miles.services.rollout.engines.sglang.server.flags import DRAIN
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.server.replica import Replica
@@ -29,7 +31,7 @@ class Front:
     def __init__(self) -> None:
         self.at = 0.0
         self.address = ""
-        self.resets = 0
+        self.resets = self.checks = 0
         self.probed_s = asyncio.Queue[float]()
         """When it was probed, in seconds of the monotonic clock."""
         self.called: list[str] = []
@@ -39,6 +41,11 @@ class Front:
         self.called.append(request.path)
         return web.json_response({})
 
+    async def update(self, request: web.Request) -> web.Response:
+        given = await request.json()
+        self.called += [request.path, *filter(None, (given.get("load_format"), given.get("selector")))]
+        return web.json_response({"success": True})
+
     async def info(self, request: web.Request) -> web.Response:
         return web.json_response({"tp_size": 4})
 
@@ -47,6 +54,7 @@ class Front:
         return web.json_response({"loads": [{"timestamp": self.at, "token_usage": 0.1, "num_running_reqs": 1}]})
 
     async def check(self, request: web.Request) -> web.Response:
+        self.checks += 1
         if (await request.json())["action"] == "reset_tensors":
             self.resets += 1
             if self.resets == 2:
@@ -63,6 +71,8 @@ async def front() -> AsyncIterator[Front]:
     app.router.add_post("/pause_generation", made.control)
     app.router.add_post("/continue_generation", made.control)
     app.router.add_post("/weights_checker", made.check)
+    for path in ("/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"):
+        app.router.add_post(path, made.update)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -159,7 +169,8 @@ def test_only_a_server_of_this_service_without_requests_is_known_to_hold_none() 
 @contextlib.asynccontextmanager
 async def managed(front: Front, **options: Any) -> AsyncIterator[Replica]:
     """A server of this service, which is not started here but answers."""
-    made = Replica(SglangOptions(hf_checkpoint="m", device="cpu", **options), 0, lambda _: asyncio.sleep(0), list)
+    given: dict[str, Any] = {"hf_checkpoint": "m", "device": "cpu", **options}
+    made = Replica(SglangOptions(**given), 0, lambda _: asyncio.sleep(0), list)
     made.api = SglangApi(front.address)
     await made.api.open()
     yield made
@@ -204,6 +215,34 @@ async def test_a_scheduler_is_told_to_pause_where_its_memory_is_taken_or_it_may_
     await attached.replica.resume()
     await attached.replica.close()
     assert front.called == ["/pause_generation", "/continue_generation"], "others may have requests there"
+
+
+@pytest.mark.parametrize("path", ["tensor", "disk"])
+async def test_a_pause_of_a_server_of_fp8_weights_waits_for_its_gpu_without_a_checksum(front: Front, path: str) -> None:
+    session = [
+        *("/begin_weight_update", "draft"),
+        *("/update_weights_from_tensor", DRAIN, "target"),
+        "/end_weight_update",
+    ]
+    async with managed(front, device="cuda", recipe=Recipe(format="fp8_block"), weight_path=path) as server:
+        server.running = 1
+        for mode in ("in_place", "retract"):
+            front.called.clear()
+            await server.pause(mode)
+            assert front.called == ["/pause_generation", *session]
+        front.called.clear()
+        await server.pause("in_place", updates=True)
+        assert front.called == ["/pause_generation", *(session if path == "disk" else ())]
+    assert not front.checks
+
+
+async def test_a_pause_of_another_server_waits_by_a_checksum_of_nothing(front: Front) -> None:
+    async with managed(front, device="cuda") as server:
+        server.running = 1
+        await server.pause("in_place")
+        await server.pause("in_place", updates=True)
+        assert front.called == ["/pause_generation"] * 2
+    assert front.checks == 2
 
 
 async def test_no_server_serves_the_noise_of_a_check_that_was_not_finished(front: Front) -> None:
