@@ -20,6 +20,12 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPRESSION = "re:"
 
 
+def layer_of(name: str) -> int | None:
+    """Number of the decoder layer that a tensor or module of this name is in; None for one in none."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantisedLayers:
     """Names are those of a Hugging Face model, in the module form or the checkpoint form (`miles.weights.naming`)."""
@@ -83,8 +89,7 @@ class QuantisedLayers:
         return True in answers
 
     def _covers(self, module: str) -> bool:
-        found = _LAYER.search(module)
-        if found is not None and int(found[1]) in self.high_layers:
+        if layer_of(module) in self.high_layers:
             return False
         modules = spellings(module)
         names = [f"{spelling}.weight" for spelling in modules]

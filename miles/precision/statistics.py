@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from miles.precision.base import WeightFormat
+from miles.precision.layers import layer_of
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 from miles.precision.rounding import as_matrices
 from miles.precision.small_floats import powers_of_two
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
-
-def layer_of(name: str) -> int | None:
-    """Number of the decoder layer that a tensor or module of this name is in; None for one in none."""
-    found = _LAYER.search(name)
-    return None if found is None else int(found[1])
 
 
 @dataclasses.dataclass(slots=True)

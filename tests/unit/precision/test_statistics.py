@@ -7,14 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from miles.precision.layers import QuantisedLayers
+from miles.precision.layers import QuantisedLayers, layer_of
 from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
 from miles.precision.statistics import (
     InputStatistics,
     WeightStatistics,
     input_metrics,
-    layer_of,
     merged,
     weight_metrics,
 )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from miles.precision.layers import layer_of
 from miles.precision.recipe import Recipe
-from miles.precision.statistics import layer_of
 
 _GATES_AND_UPS = "gate_up_proj"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from miles.precision.layers import layer_of
 from miles.precision.recipe import Recipe
-from miles.precision.statistics import layer_of
 from miles.services.trainer.backends.megatron.precision.covered import weights
 
 _NORMS_FIRST = "LayerNorm"
