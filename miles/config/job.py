@@ -31,6 +31,7 @@ from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.debug import DebugConfig
 from miles.config.sections.distillation import DistillationConfig
+from miles.config.sections.drafts import DraftsConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.experts import ExpertsConfig
 from miles.config.sections.extensions import ExtensionsConfig
@@ -83,6 +84,7 @@ class JobConfig(BaseModel):
     optimizer: OptimizerConfig
     weights: WeightsConfig
     precision: PrecisionConfig
+    drafts: DraftsConfig
     checkpoint: CheckpointConfig
     telemetry: TelemetryConfig
     debug: DebugConfig

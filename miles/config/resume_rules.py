@@ -45,6 +45,7 @@ _BY_SECTION: Mapping[str, Effect] = {
     "optimizer": Effect.APPLIED,
     "weights": Effect.FREE,
     "precision": Effect.APPLIED,
+    "drafts": Effect.FREE,
     "checkpoint": Effect.FREE,
     "telemetry": Effect.FREE,
     "debug": Effect.FREE,

@@ -27,7 +27,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "controller": ("data", "rollout", "eval", "reward", "distillation", "checkpoint", "telemetry", "debug"),
     "weightsync": ("weights",),
     "reward": ("reward",),
-    "rollout": ("rollout", "reward", "distillation", "extensions", "lora", "weights", "precision"),
+    "rollout": ("rollout", "reward", "distillation", "extensions", "lora", "weights", "precision", "drafts"),
     "gateway": ("gateway",),
     "trainer": (
         "cluster",
@@ -44,6 +44,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "optimizer",
         "weights",
         "precision",
+        "drafts",
         "checkpoint",
         "telemetry",
         "debug",

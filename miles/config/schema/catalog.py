@@ -32,6 +32,7 @@ from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.debug import DebugConfig
 from miles.config.sections.distillation import DistillationConfig
+from miles.config.sections.drafts import DraftsConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.experts import ExpertsConfig
 from miles.config.sections.extensions import ExtensionsConfig
@@ -74,6 +75,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "optimizer": OptimizerConfig,
     "weights": WeightsConfig,
     "precision": PrecisionConfig,
+    "drafts": DraftsConfig,
     "checkpoint": CheckpointConfig,
     "telemetry": TelemetryConfig,
     "debug": DebugConfig,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
 from miles.config.schema.catalog import SECTIONS
+from miles.config.schema.drafts import derive_drafts
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.config.schema.other_values import take_other_names
@@ -334,6 +335,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _lengths,
     _policy_loss,
     _fallbacks,
+    derive_drafts,
     _run_dir,
     _masked_importance_sampling,
     _bounds,

@@ -77,6 +77,8 @@ class _WorkerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerKind
     """WeightSyncService."""
     WORKER_KIND_TRAINER_NODE: _WorkerKind.ValueType  # 5
     """None: it runs ranks of the trainer on a node other than the first."""
+    WORKER_KIND_DRAFT_TRAINER: _WorkerKind.ValueType  # 6
+    """DraftTrainerService."""
 
 class WorkerKind(_WorkerKind, metaclass=_WorkerKindEnumTypeWrapper):
     """Which service a worker offers."""
@@ -92,6 +94,8 @@ WORKER_KIND_WEIGHTSYNC: WorkerKind.ValueType  # 4
 """WeightSyncService."""
 WORKER_KIND_TRAINER_NODE: WorkerKind.ValueType  # 5
 """None: it runs ranks of the trainer on a node other than the first."""
+WORKER_KIND_DRAFT_TRAINER: WorkerKind.ValueType  # 6
+"""DraftTrainerService."""
 Global___WorkerKind: _TypeAlias = WorkerKind  # noqa: Y015
 
 class _WorkerHealth:

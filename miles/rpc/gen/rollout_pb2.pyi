@@ -635,6 +635,7 @@ class RunProgress(_message.Message):
     BUSY_S_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     """Requests decoding now, a count."""
     waiting_requests: _builtins.int
@@ -649,6 +650,10 @@ class RunProgress(_message.Message):
     def waits(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Wait]:
         """What the worker's groups wait for outside the engine, e.g. a reward service."""
 
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationProgress:
+        """Speculative decoding; absent without it."""
+
     def __init__(
         self,
         *,
@@ -658,16 +663,99 @@ class RunProgress(_message.Message):
         busy_s: _builtins.float = ...,
         version: _builtins.int | None = ...,
         waits: _abc.Iterable[_job_pb2.Wait] | None = ...,
+        speculation: Global___SpeculationProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "speculation", b"speculation", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "busy_s", b"busy_s", "generated_tokens", b"generated_tokens", "running_requests", b"running_requests", "version", b"version", "waiting_requests", b"waiting_requests", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "busy_s", b"busy_s", "generated_tokens", b"generated_tokens", "running_requests", b"running_requests", "speculation", b"speculation", "version", b"version", "waiting_requests", b"waiting_requests", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___RunProgress: _TypeAlias = RunProgress  # noqa: Y015
+
+@_typing.final
+class SpeculationProgress(_message.Message):
+    """What an engine's drafts have been good for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFT_VERSION_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SPEEDUP_FIELD_NUMBER: _builtins.int
+    draft_version: _builtins.int
+    """Version of the draft model served now; absent for drafts without weights of their own, and before the first version."""
+    num_steps: _builtins.int
+    """Most tokens drafted one behind the other now, a count; 0 while drafts are turned off because they do not pay."""
+    reason: _builtins.str
+    """Why drafts are turned off or cut short, in words; empty when they are not."""
+    speedup: _builtins.float
+    """Tokens per second of decoding with drafts over those without, as measured at the present batch size; 0 when not known."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpeculationCounts]:
+        """Since the engine started, by pair of versions; of the newest pairs alone, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        draft_version: _builtins.int | None = ...,
+        num_steps: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        counts: _abc.Iterable[Global___SpeculationCounts] | None = ...,
+        speedup: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "draft_version", b"draft_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "counts", b"counts", "draft_version", b"draft_version", "num_steps", b"num_steps", "reason", b"reason", "speedup", b"speedup"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__draft_version: _TypeAlias = _typing.Literal["draft_version"]  # noqa: Y015
+    _WhichOneofArgType__draft_version: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_version) -> _WhichOneofReturnType__draft_version | None: ...
+
+Global___SpeculationProgress: _TypeAlias = SpeculationProgress  # noqa: Y015
+
+@_typing.final
+class SpeculationCounts(_message.Message):
+    """What became of drafts that one version of the draft model proposed to one version of the policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    DRAFT_VERSION_FIELD_NUMBER: _builtins.int
+    VERIFY_COUNT_FIELD_NUMBER: _builtins.int
+    PROPOSED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    policy_version: _builtins.int
+    """Version of the policy that verified."""
+    draft_version: _builtins.int
+    """Version of the draft model; absent as above."""
+    verify_count: _builtins.int
+    """Verifications, a count: forward passes times the requests in them that had drafts."""
+    proposed_draft_tokens: _builtins.int
+    """Draft tokens proposed, in tokens."""
+    accepted_draft_tokens: _builtins.int
+    """Draft tokens that the policy accepted, in tokens."""
+    def __init__(
+        self,
+        *,
+        policy_version: _builtins.int = ...,
+        draft_version: _builtins.int | None = ...,
+        verify_count: _builtins.int = ...,
+        proposed_draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "draft_version", b"draft_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "accepted_draft_tokens", b"accepted_draft_tokens", "draft_version", b"draft_version", "policy_version", b"policy_version", "proposed_draft_tokens", b"proposed_draft_tokens", "verify_count", b"verify_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__draft_version: _TypeAlias = _typing.Literal["draft_version"]  # noqa: Y015
+    _WhichOneofArgType__draft_version: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_version) -> _WhichOneofReturnType__draft_version | None: ...
+
+Global___SpeculationCounts: _TypeAlias = SpeculationCounts  # noqa: Y015
 
 @_typing.final
 class GroupFinished(_message.Message):

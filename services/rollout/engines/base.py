@@ -105,6 +105,31 @@ class GenerationDelta:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SpeculationCounts:
+    """What became of the drafts that one version of the draft model proposed to one version of the policy."""
+
+    policy_version: int
+    draft_version: int | None
+    """None for drafts without weights of their own, and before the first version."""
+    verify_count: int = 0
+    """Forward passes times the requests in them that had drafts."""
+    proposed_draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SpeculationState:
+    """An engine's drafts as of now; the fields mean what `SpeculationProgress` in rollout.proto says."""
+
+    draft_version: int | None
+    num_steps: int
+    reason: str = ""
+    counts: tuple[SpeculationCounts, ...] = ()
+    """Since the engine started, of the newest pairs of versions, oldest first."""
+    speedup: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started."""
 
@@ -112,6 +137,8 @@ class EngineStats:
     waiting_requests: int
     generated_tokens: int
     busy_s: float
+    speculation: SpeculationState | None = None
+    """None without speculative decoding."""
 
 
 class EngineFailed(RuntimeError):

@@ -25,6 +25,9 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --fp8-block-scales --int4-qat --int4-group-size --int4-layers --low-precision-impl
     --precision-metrics-interval --max-nonfinite-steps --save-hf-format
+    --enable-draft-training --draft-learning-rate --draft-loss --draft-top-tokens --draft-tokens-per-step
+    --draft-batch-tokens --draft-passes --draft-unroll-steps --draft-update-interval --draft-recordings-kept
+    --draft-recordings-dir --draft-train-device --draft-responses-per-prompt --draft-acceptance-alarm
     --observe-rollout-routing --dynamic-sampling-max-dropped-batches
     --custom-generate-timeout-s --custom-settings
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
