@@ -51,7 +51,8 @@ class HeadLayer(nn.Module):
 
         super().__init__()
         self.self_attn = HeadAttention(config, index)
-        self.mlp = LlamaMLP(config)
+        mlp: Any = LlamaMLP
+        self.mlp: nn.Module = mlp(config)
         if index == 0:
             self.input_layernorm = norm(config)
         self.hidden_norm = norm(config)
@@ -70,7 +71,8 @@ class HeadLayer(nn.Module):
         if self.reads_embeddings:
             read = torch.cat([self.input_layernorm(embeds_ND), read], dim=-1)
         hidden_ND = hidden_ND + self.self_attn(read, rotation, attend)
-        return hidden_ND + self.mlp(self.post_attention_layernorm(hidden_ND))
+        added_ND: torch.Tensor = self.mlp(self.post_attention_layernorm(hidden_ND))
+        return hidden_ND + added_ND
 
 
 class Eagle3Head(nn.Module):

@@ -42,7 +42,10 @@ def module_name(name: str) -> str:
 
 
 def write_draft(
-    folder: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], beside: pathlib.Path | None
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    beside: pathlib.Path | None = None,
 ) -> None:
     """Write a folder, in place of one that is there; it appears when it is complete.
 
@@ -57,6 +60,8 @@ def write_draft(
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in path.name:
             shutil.copyfile(path, partial / path.name)
     (partial / "config.json").write_text(json.dumps(dict(config), indent=2))
-    save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, partial / _FILE, {"format": "pt"})
+    save_file(
+        {name: each.detach().cpu().contiguous() for name, each in tensors.items()}, partial / _FILE, {"format": "pt"}
+    )
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)

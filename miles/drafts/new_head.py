@@ -41,7 +41,7 @@ def write_new_head(
     head = _initialised(config, _stored(policy_folder), vocabulary, seed)
     dtype = getattr(torch, config["dtype"])
     tensors = {name: tensor.to(dtype) for name, tensor in head.state_dict().items()}
-    write_draft(folder, config, {**tensors, **vocabulary.tensors()}, None)
+    write_draft(folder, config, {**tensors, **vocabulary.tensors()})
 
 
 def new_config(policy: Any, layers: int, draft_vocab: int) -> dict[str, Any]:
@@ -128,4 +128,6 @@ def _special_tokens(folder: pathlib.Path, policy: Any) -> tuple[int, ...]:
     """Tokens that end responses."""
     path = folder / "generation_config.json"
     stated = [policy.eos_token_id, read_json_object(path).get("eos_token_id") if path.is_file() else None]
-    return tuple(token for each in stated for token in (each if isinstance(each, list) else [each]) if token is not None)
+    return tuple(
+        token for each in stated for token in (each if isinstance(each, list) else [each]) if token is not None
+    )

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from miles.drafts.recorded_layers import EMBEDDING
 from miles.drafts.recording import RecordedSample
 
-EMBEDDINGS = -1
-"""Key of the policy's embeddings in `RecordedSample.hidden_TD`."""
 _FEWEST_TOKENS = 3
 """Fewer leave no row with something to read and something to predict."""
 
@@ -40,6 +39,7 @@ class PackedBatch:
     """Rows of each sample: its tokens but the last two."""
     positions_N: torch.Tensor
     hidden_NF: torch.Tensor
+    """float32, like the embeddings."""
     _embeds: torch.Tensor
     """Embeddings of tokens, by sample one row more than it has: what the last rows read is there."""
     _first_embed_N: torch.Tensor
@@ -71,7 +71,7 @@ class PackedBatch:
 
 def usable(sample: RecordedSample) -> bool:
     """Whether a draft can learn from a sample at all."""
-    return len(sample.tokens_T) >= _FEWEST_TOKENS and bool(sample.loss_mask_R.any())
+    return len(sample.tokens_T) >= _FEWEST_TOKENS and bool(sample.loss_mask_R[max(2 - sample.prompt_length, 0) :].any())
 
 
 def pack(samples: Sequence[RecordedSample], layers: Sequence[int], device: torch.device) -> PackedBatch:
@@ -92,13 +92,13 @@ def pack(samples: Sequence[RecordedSample], layers: Sequence[int], device: torch
         torch.cat([sample.hidden_TD[layer][:length] for layer in layers], dim=-1)
         for sample, length in zip(samples, lengths, strict=True)
     ]
-    embeds = [sample.hidden_TD[EMBEDDINGS][: length + 1] for sample, length in zip(samples, lengths, strict=True)]
+    embeds = [sample.hidden_TD[EMBEDDING][: length + 1] for sample, length in zip(samples, lengths, strict=True)]
     last_embed = first_embed + torch.tensor(lengths)
     return PackedBatch(
         tuple(lengths),
         rows_N.to(device),
-        torch.cat(hidden).to(device),
-        torch.cat(embeds).to(device),
+        torch.cat(hidden).to(device).float(),
+        torch.cat(embeds).to(device).float(),
         (first_embed[sample_N] + rows_N + 1).to(device),
         last_embed[sample_N].to(device),
         (first_target[sample_N] + rows_N + 2 - torch.tensor(prompts)[sample_N]).to(device),

@@ -4,7 +4,8 @@ At step 0 a row sees its sample's rows up to itself. At step j it sees those of 
 true hidden states, and the j keys that it had itself at the steps since: what it would have cached had it drafted j
 tokens from there.
 
-Dims: B samples of similar length, S rows of the longest, Q of them at a time, H heads, K kv heads, C elements of a head.
+Dims: B samples of similar length, S rows of the longest, Q of them at a time, H heads, K kv heads, C elements of a
+head.
 """
 
 from __future__ import annotations

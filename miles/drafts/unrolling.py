@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from miles.drafts.eagle3 import Eagle3Head
 from miles.drafts.losses import chain_length
 from miles.drafts.packed_batch import PackedBatch, Targets
+from miles.drafts.trainable import PassResult
 from miles.drafts.unrolled_attention import PackedRows, UnrolledAttention
 from miles.drafts.vocabulary import DraftVocabulary
 
@@ -21,31 +21,14 @@ CHUNK = 2048
 """Rows whose logits are in memory at a time."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PassResult:
-    """What a pass found before it was learnt from; sums over predicted tokens."""
-
-    loss: float
-    """Weighted mean over the unrolled steps."""
-    agreed: int
-    """Tokens of the first step whose likeliest, by the draft, is the policy's likeliest."""
-    tokens: int
-    """Tokens predicted in the first step."""
-    chains: float
-    """Tokens of verifications that begin at each of `roots`."""
-    roots: int
-
-
-def learn_from(
-    head: Eagle3Head, batch: PackedBatch, vocabulary: DraftVocabulary, loss: Loss, steps: int
-) -> PassResult:
+def learn_from(head: Eagle3Head, batch: PackedBatch, vocabulary: DraftVocabulary, loss: Loss, steps: int) -> PassResult:
     """Add the gradients of the mean loss over `steps` unrolled steps to the head's.
 
     The logits of a step are computed and forgotten chunk by chunk: their gradient with respect to what the head
     returned is kept, and goes through the head once.
     """
     attention = UnrolledAttention(PackedRows(batch.lengths, batch.positions_N.device))
-    hidden_ND = head.fc(batch.hidden_NF)
+    hidden_ND = head.fc(batch.hidden_NF).float()
     streams: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     hits_SN = torch.zeros(steps, len(batch.positions_N), dtype=torch.bool, device=hidden_ND.device)
@@ -59,11 +42,11 @@ def learn_from(
             break
         hidden_ND = head(hidden_ND, batch.embeds_ND(step), batch.positions_N + step, attention)
         leaf_ND = hidden_ND.detach().requires_grad_()
-        for part in rows.split(CHUNK):
+        for part in torch.split(rows, CHUNK):
             targets = batch.targets(step, part)
             logits_NV = head.logits(leaf_ND[part])
             mean = loss(logits_NV, targets, vocabulary).sum() * (weights[step] / sum(weights) / len(rows))
-            mean.backward()
+            mean.backward()  # type: ignore[no-untyped-call]
             total += mean.detach()
             drafts_N = vocabulary.policy_ids(logits_NV.detach().argmax(-1))
             hits_SN[step, part] = drafts_N == targets.sampled_N
@@ -73,7 +56,8 @@ def learn_from(
         streams.append(hidden_ND)
         assert leaf_ND.grad is not None
         gradients.append(leaf_ND.grad)
-    torch.autograd.backward(streams, gradients)
+    if streams:
+        torch.autograd.backward(streams, gradients)
     roots_N = learnt_SN.all(0)
     chains = chain_length(hits_SN[:, roots_N]).sum()
-    return PassResult(float(total), int(agreed), int(learnt_SN[0].sum()), float(chains), int(roots_N.sum()))
+    return PassResult(float(total), int(learnt_SN[0].sum()), int(agreed), float(chains), int(roots_N.sum()))
