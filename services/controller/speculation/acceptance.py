@@ -46,7 +46,7 @@ class RunAcceptance:
         self._by_engine: dict[str, dict[Versions, DraftCounts]] = {}
         self._by_versions: dict[Versions, DraftCounts] = {}
         for each in earlier:
-            counts = DraftCounts(each["verify_count"], each["proposed_draft_tokens"], each["accepted_draft_tokens"])
+            counts = DraftCounts(each["verifications"], each["proposed"], each["accepted"])
             _add(self._by_versions, {Versions(each["policy_version"], each["draft_version"]): counts})
 
     @classmethod
@@ -109,14 +109,19 @@ class RunAcceptance:
         return described
 
     def by_versions(self) -> list[dict[str, Any]]:
-        """Return what all engines counted, by pair of versions, the newest of them, oldest first; for JSON."""
+        """Return what all engines counted, by pair of versions, the newest of them, oldest first; for JSON.
+
+        The keys are those of `VersionAcceptance` in the REST API.
+        """
         return [
             {
                 "policy_version": versions.policy,
                 "draft_version": versions.draft,
-                "verify_count": counts.verify_count,
-                "proposed_draft_tokens": counts.proposed,
-                "accepted_draft_tokens": counts.accepted,
+                "verifications": counts.verify_count,
+                "proposed": counts.proposed,
+                "accepted": counts.accepted,
+                "accept_length": counts.accept_length,
+                "accept_rate": counts.accept_rate,
             }
             for versions, counts in self._by_versions.items()
         ]

@@ -75,13 +75,15 @@ def test_counts_are_kept_by_versions_over_engines_and_over_the_loss_of_one() -> 
     acceptance.note("rollout-0", "second", SpeculationProgress(num_steps=3))
     acceptance.note("rollout-0", "second", report((1, 1, 1, 3, 0)))
     kept = {(each["policy_version"], each["draft_version"]): each for each in acceptance.by_versions()}
-    assert kept[1, 0]["verify_count"] == 5
+    assert kept[1, 0]["verifications"] == 5
     assert kept[1, 1] == {
         "policy_version": 1,
         "draft_version": 1,
-        "verify_count": 6,
-        "proposed_draft_tokens": 18,
-        "accepted_draft_tokens": 10,
+        "verifications": 6,
+        "proposed": 18,
+        "accepted": 10,
+        "accept_length": 1 + 10 / 6,
+        "accept_rate": 10 / 18,
     }
     first, second = acceptance.engines()
     assert [first.worker_id, second.worker_id] == ["rollout-0", "rollout-1"]
@@ -116,7 +118,7 @@ def test_a_resumed_job_goes_on_counting() -> None:
     resumed.note("rollout-0", "first", report((1, 0, 5, 15, 5)))
     resumed.note("rollout-0", "first", report((1, 0, 7, 21, 6)))
     (kept,) = resumed.by_versions()
-    assert (kept["verify_count"], kept["accepted_draft_tokens"]) == (7, 6)
+    assert (kept["verifications"], kept["accepted"]) == (7, 6)
 
 
 @pytest.mark.parametrize("length", [1.0, 2.0])
