@@ -30,6 +30,7 @@ from miles.services.rollout.groups.scoring import JobRewards
 from miles.services.rollout.groups.waits import queue_waits, reward_waits, teacher_waits
 from miles.services.rollout.serving.readiness import Serving
 from miles.services.rollout.serving.subscriptions import subscribe_draft, subscribe_policy
+from miles.services.rollout.speculation_progress import speculation_progress
 from miles.services.rollout.stages import report_stage
 from miles.services.rollout.teachers.served import PROBE, ServedTeachers
 
@@ -265,6 +266,7 @@ class RolloutJob:
                 *teacher_waits(() if self._teachers is None else self._teachers.servers.values()),
                 *queue_waits(self._queue.waiting),
             ],
+            speculation=None if stats.speculation is None else speculation_progress(stats.speculation),
         )
 
     async def close(self) -> None:
