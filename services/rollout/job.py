@@ -266,7 +266,7 @@ class RolloutJob:
                 *teacher_waits(() if self._teachers is None else self._teachers.servers.values()),
                 *queue_waits(self._queue.waiting),
             ],
-            speculation=None if stats.speculation is None else speculation_progress(stats.speculation),
+            speculation=None if stats.speculation is None else speculation_progress(stats.speculation, self._earlier),
         )
 
     async def close(self) -> None:
