@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from miles.config.speculation import DraftKind, Speculation
 from miles.engine_spec import EngineSpec, engine_spec
 from miles.precision.emulation.experts import PADDED
 from miles.precision.recipe import Recipe
@@ -24,6 +25,7 @@ from miles.services.rollout.engines.base import (
     SamplingParams,
 )
 from miles.services.rollout.engines.request_checks import check_request
+from miles.services.rollout.engines.torch.drafts.target import DraftTarget
 from miles.services.rollout.engines.torch.generation.generator import GeneratorOptions
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
@@ -57,6 +59,7 @@ class TorchEngine:
         experts_implementation: of transformers' experts interface; the default keeps tokens independent.
         recipe: how the weights to load are quantised; None when they are not. They are served dequantised, in `dtype`,
             and their inputs are rounded where the format rounds inputs.
+        speculation: what it drafts with; None: nothing.
         threads: CPU threads of a step; None leaves torch's setting.
         command_timeout_s: how long a command to the worker thread may take, including the step it waits for.
     """
@@ -72,6 +75,7 @@ class TorchEngine:
         max_prefill_tokens: int = 2048,
         experts_implementation: str = PADDED,
         recipe: Recipe | None = None,
+        speculation: Speculation | None = None,
         threads: int | None = None,
         command_timeout_s: float = 300.0,
     ) -> None:
@@ -95,10 +99,12 @@ class TorchEngine:
             max_prefill_tokens=max_prefill_tokens,
             experts_implementation=experts_implementation,
             recipe=recipe,
+            speculation=speculation or Speculation(DraftKind.NONE),
         )
         self._threads = threads
         self._command_timeout_s = command_timeout_s
         self._worker: Worker | None = None
+        self._draft: DraftTarget | None = None
         self._streams: dict[str, asyncio.Queue[GenerationDelta | BaseException]] = {}
         self._end_tokens: tuple[int, ...] = ()
         self._vocabulary = 0
@@ -120,9 +126,9 @@ class TorchEngine:
         return self._device
 
     @property
-    def draft(self) -> None:
-        """None: it has no speculative decoding."""
-        return None
+    def draft(self) -> DraftTarget | None:
+        """The draft model, once the engine has started; None without one."""
+        return self._draft
 
     @property
     def max_running_requests(self) -> int:
@@ -154,6 +160,9 @@ class TorchEngine:
             await self._finish(worker.start(), "building the model")
             undo.pop_all()
         self._worker = worker
+        drafting = worker.generator.drafting
+        if drafting is not None and drafting.proposer.weights is not None:
+            self._draft = DraftTarget(drafting.proposer.weights, self._device, self._call)
 
     async def close(self) -> None:
         """Abort everything and free the model."""
@@ -248,11 +257,13 @@ class TorchEngine:
     def stats(self) -> EngineStats:
         """Counters as of now."""
         worker = self._started()
+        drafting = worker.generator.drafting
         return EngineStats(
             running_requests=len(worker.generator.scheduler.running),
             waiting_requests=len(worker.generator.scheduler.waiting),
             generated_tokens=worker.generator.generated_tokens,
             busy_s=worker.busy_s,
+            speculation=None if drafting is None else drafting.state,
         )
 
     def _started(self) -> Worker:

@@ -11,20 +11,26 @@ from typing import Any
 
 import torch
 
+from miles.config.speculation import Speculation
 from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.base import FinishReason
+from miles.services.rollout.engines.torch.drafts.create import create_proposer
+from miles.services.rollout.engines.torch.drafts.drafting import Drafting
+from miles.services.rollout.engines.torch.drafts.proposer import Policy
 from miles.services.rollout.engines.torch.generation.outbox import Outbox
-from miles.services.rollout.engines.torch.generation.sampling import Draw, likeliest, sample
 from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
+from miles.services.rollout.engines.torch.generation.verification import Drawn, verify
 from miles.services.rollout.engines.torch.model.architecture import model_shape
 from miles.services.rollout.engines.torch.model.empty_model import build_empty_model
 from miles.services.rollout.engines.torch.model.forward import Forward, pack
+from miles.services.rollout.engines.torch.model.hidden_states import HiddenStates
 from miles.services.rollout.engines.torch.model.invariance import choose_padding
 from miles.services.rollout.engines.torch.model.kv_cache import KVCache
 from miles.services.rollout.engines.torch.model.parameters import Parameters
 from miles.services.rollout.engines.torch.model.quantised import QuantisedWeights
 from miles.services.rollout.engines.torch.model.routing_recorder import RoutingRecorder
+from miles.types import SpeculativeStats
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class GeneratorOptions:
     max_prefill_tokens: int
     experts_implementation: str
     recipe: Recipe | None
+    speculation: Speculation
 
 
 class Generator:
@@ -54,6 +61,7 @@ class Generator:
             options.device,
             max_running_requests=options.max_running_requests,
             max_prefill_tokens=options.max_prefill_tokens,
+            max_drafts=options.speculation.num_steps,
         )
         self.scheduler = Scheduler(options.max_running_requests, padding.max_prefill_tokens)
         model = build_empty_model(config, options.dtype, options.device, options.experts_implementation, options.recipe)
@@ -69,6 +77,9 @@ class Generator:
         self._device = options.device
         self._recorder = RoutingRecorder(model)
         self._sequences: dict[str, Sequence] = {}
+        self.drafting = self._create_drafting(config, model, options, padding.max_draft_tokens)
+        layers = () if self.drafting is None else self.drafting.proposer.layers
+        self._hidden = HiddenStates(model, layers, shape.layers)
         cache = KVCache(
             layers=shape.layers,
             kv_heads=shape.kv_heads,
@@ -96,6 +107,8 @@ class Generator:
         """Add a request."""
         if self._recorder.layers == 0:
             sequence.routing = None
+        if self.drafting is not None:
+            sequence.speculative = SpeculativeStats()
         if sequence.response_length >= sequence.request.sampling.max_new_tokens:
             self.outbox.end(sequence.request.request_id, sequence.result(FinishReason.LENGTH))
             return
@@ -108,6 +121,12 @@ class Generator:
             sequence = self._sequences.get(request_id)
             if sequence is not None:
                 self._end(sequence, FinishReason.ABORT)
+
+    def retract(self) -> None:
+        """Take every running request's cache away; what it held is computed again."""
+        if self.drafting is not None:
+            self.drafting.forget(self.scheduler.running)
+        self.scheduler.retract_all()
 
     def fail(self, error: BaseException) -> None:
         """Fail every request."""
@@ -127,8 +146,10 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Compute one step and sample a token for every request that is ready for one."""
+        """Compute one step and sample a token, and more where drafts are accepted, for every request that is ready."""
         plan = self.scheduler.plan()
+        if self.drafting is not None:
+            self.drafting.propose(plan)
         self._forward.prepare(plan)
         self._share_routing(plan, before=True)
         packed = pack(plan)
@@ -136,34 +157,37 @@ class Generator:
             sequence.routing is not None for sequence in (*plan.decode, *(chunk.sequence for chunk in plan.prefill))
         )
         logits_RV = self._forward.run(plan, packed)
+        drawn = verify(logits_RV, packed.drawing)
+        kept = {each.sequence.slot: each.accepted for each in drawn}
         if self._recorder.enabled:
-            self._record_routing(plan, len(packed.tokens))
+            self._record_routing(plan, len(packed.tokens), kept)
         self._share_routing(plan, before=False)
-        draws = [
-            Draw(
-                params=sequence.request.sampling,
-                token_index=sequence.response_length,
-                banned=sequence.stop_rule.banned(sequence.response_length),
-            )
-            for sequence in packed.drawing
-        ]
-        if draws:
-            top_ids = likeliest(logits_RV, [sequence.request.top_token_ids for sequence in packed.drawing])
-            for sequence, token, log_prob, top in zip(packed.drawing, *sample(logits_RV, draws), top_ids, strict=True):
-                self._take_token(sequence, token, log_prob, top)
+        if self.drafting is not None:
+            self.drafting.note_computed(plan, kept, self._hidden.take())
+        for each in drawn:
+            self._take_tokens(each)
 
-    def _take_token(self, sequence: Sequence, token: int, log_prob: float, top_ids: list[int]) -> None:
+    def _take_tokens(self, drawn: Drawn) -> None:
         assert self.version is not None
+        sequence, before = drawn.sequence, self.generated_tokens
         request_id = sequence.request.request_id
-        if math.isnan(log_prob):
+        reason = error = None
+        for token, log_prob, top_ids in zip(drawn.tokens, drawn.log_probs, drawn.top_ids, strict=True):
+            if math.isnan(log_prob):
+                error = FloatingPointError(f"weights of version {self.version} give logits that are not numbers")
+                break
+            self.generated_tokens += 1
+            reason = sequence.append(token, self.version)
+            self.outbox.token(request_id, token, log_prob, top_ids)
+            if reason is not None:
+                break
+        sequence.computed += drawn.accepted
+        if self.drafting is not None:
+            self.drafting.count(drawn, self.generated_tokens - before, self.version)
+        if error is not None:
             self._remove(sequence)
-            error = FloatingPointError(f"weights of version {self.version} give logits that are not numbers")
             self.outbox.fail(request_id, error)
-            return
-        self.generated_tokens += 1
-        reason = sequence.append(token, self.version)
-        self.outbox.token(request_id, token, log_prob, top_ids)
-        if reason is not None:
+        elif reason is not None:
             self._end(sequence, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -171,20 +195,41 @@ class Generator:
         self.outbox.end(sequence.request.request_id, sequence.result(reason))
 
     def _remove(self, sequence: Sequence) -> None:
+        if self.drafting is not None:
+            self.drafting.forget([sequence])
         self.scheduler.remove(sequence)
         del self._sequences[sequence.request.request_id]
 
-    def _record_routing(self, plan: Plan, tokens: int) -> None:
+    def _record_routing(self, plan: Plan, tokens: int, kept: Mapping[int, int]) -> None:
         choices_NLK = self._recorder.take(tokens)
-        for row, sequence in enumerate(plan.decode):
+        row = 0
+        for sequence in plan.decode:
             if sequence.routing is not None:
-                sequence.routing.extend(len(sequence.tokens) - 1, choices_NLK[row : row + 1])
-        row = len(plan.decode)
+                end = row + 1 + kept[sequence.slot]
+                sequence.routing.extend(len(sequence.tokens) - 1, choices_NLK[row:end])
+            row += 1 + len(sequence.drafts)
         for chunk in plan.prefill:
             length = chunk.end - chunk.start
             if chunk.sequence.routing is not None:
                 chunk.sequence.routing.extend(chunk.start, choices_NLK[row : row + length])
             row += length
+
+    @staticmethod
+    def _create_drafting(
+        config: Any, model: torch.nn.Module, options: GeneratorOptions, max_draft_tokens: int
+    ) -> Drafting | None:
+        if not options.speculation.is_on:
+            return None
+        policy = Policy(
+            speculation=options.speculation,
+            config=config,
+            model=model,
+            dtype=options.dtype,
+            device=options.device,
+            max_running_requests=options.max_running_requests,
+            max_total_tokens=options.max_total_tokens,
+        )
+        return Drafting(create_proposer(policy), options.speculation.num_steps, max_draft_tokens)
 
     @staticmethod
     def _share_routing(plan: Plan, *, before: bool) -> None:
