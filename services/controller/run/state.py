@@ -23,6 +23,7 @@ from miles.services.controller.run.recorded_rollouts import RecordedGroups
 from miles.services.controller.run.report import RunReport
 from miles.services.controller.run.rollout_dump import RolloutDump
 from miles.services.controller.run.step_traces import StepTraces
+from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -67,6 +68,7 @@ class RunState:
     traces: StepTraces
     turns: GpuTurns
     drafts: RunDrafts
+    acceptance: RunAcceptance
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0

@@ -12,6 +12,7 @@ from miles.services.controller.clients.protocols import Rollout, Rollouts, Train
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.publish import Publisher
+from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.run_waits import READING, LoadingWorker, RolloutFacts, RunFacts, waits_of
 from miles.services.controller.status.waits import Wait, WaitLog, wait_from_proto
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
@@ -46,12 +47,16 @@ class RunStatus:
         self._rollouts: Rollouts | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
+        self._acceptance: RunAcceptance | None = None
         self._phase, self._waiting_for = "starting", READING
         self._since_unix_ns = time.time_ns()
 
-    def connect(self, rollouts: Rollouts, dispatcher: Dispatcher, publisher: Publisher) -> None:
+    def connect(
+        self, rollouts: Rollouts, dispatcher: Dispatcher, publisher: Publisher, acceptance: RunAcceptance
+    ) -> None:
         """Describe these parts of the run too, from now on."""
         self._rollouts, self._dispatcher, self._publisher = rollouts, dispatcher, publisher
+        self._acceptance = acceptance
 
     def enter(self, phase: str, waiting_for: str = "") -> None:
         """Note the phase that the run is in from now on."""
@@ -95,6 +100,8 @@ class RunStatus:
                 answer.active_version = self._publisher.active
         if self._dispatcher is not None:
             _add_groups(answer, self._dispatcher)
+        if self._acceptance is not None:
+            answer.speculation.extend(self._acceptance.engines())
         answer.waiting_for = self._all_waiting_for(batch_size)
         answer.workers.extend(self._worker(worker, answer) for worker in workers)
         self._note_waits(answer.waiting_for)

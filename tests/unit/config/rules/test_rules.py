@@ -738,6 +738,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {**SGLANG, "sglang_speculative_accept_threshold_acc": 0.8},
         "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
     ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NEXTN", "draft_responses_per_prompt": 2},
+        "draft_responses_per_prompt = 2, but no engine drafts from earlier responses; set sglang_speculative_algorithm",
+    ),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
     ({"host": "127.0.0.1:5000"}, "host = 127.0.0.1:5000, but it has a port: leave :5000 out"),
     ({"gateway_host": "http://localhost"}, "gateway_host = http://localhost, but it begins with http://"),
@@ -1110,6 +1114,7 @@ ALLOWED: dict[str, dict[str, Any]] = {
         "sglang_speculative_draft_model_path": "x",
     },
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
+    "earlier responses as drafts": {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "draft_responses_per_prompt": 2},
 }
 
 
