@@ -17,6 +17,7 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
 FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
 HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
 SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
@@ -757,6 +758,39 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend to",
     ),
     (
+        {**TORCH_DRAFTS, "sglang_speculative_attention_mode": "decode"},
+        "sglang_speculative_attention_mode = decode, but rollout_backend = torch verifies drafts in one way, without",
+    ),
+    (
+        {"rollout_backend": "torch", "sglang_speculative_num_steps": 3},
+        "sglang_speculative_num_steps = 3, but there are no drafts without sglang_speculative_algorithm; set it, or",
+    ),
+    (
+        {"rollout_backend": "torch", "sglang_speculative_algorithm": "NEXTN"},
+        "sglang_speculative_algorithm = NEXTN, but rollout_backend = torch has no such drafts; choose one of EAGLE3, "
+        "NGRAM, STANDALONE, or set rollout_backend to sglang",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_num_steps": 0},
+        "sglang_speculative_num_steps = 0, but it must be a count from 1 on",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_eagle_topk": 4},
+        "sglang_speculative_eagle_topk = 4, but rollout_backend = torch verifies trees of one branch; set it to 1",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_num_steps": 4, "sglang_speculative_num_draft_tokens": 8},
+        "sglang_speculative_num_draft_tokens = 8, but of num_steps = 4 drafts and the last token there are 5; leave it",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_draft_model_path": "x"},
+        "sglang_speculative_draft_model_path = x, but drafts of NGRAM come from text, without a model; leave it out",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_algorithm": "standalone"},
+        "sglang_speculative_algorithm = STANDALONE, but its draft is a model, and none is given; set",
+    ),
+    (
         {"rollout_backend": "torch", "rollout_num_gpus": 2},
         "rollout_num_gpus = 2, but rollout_backend = torch has no SGLang servers",
     ),
@@ -1002,6 +1036,18 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
     "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
+    "drafts from text in the torch engine": {
+        **TORCH_DRAFTS,
+        "sglang_speculative_num_steps": 6,
+        "sglang_speculative_num_draft_tokens": "7",
+        "sglang_speculative_eagle_topk": 1,
+        "sglang_speculative_adaptive": False,
+    },
+    "a draft model of the torch engine": {
+        **TORCH_DRAFTS,
+        "sglang_speculative_algorithm": "EAGLE3",
+        "sglang_speculative_draft_model_path": "x",
+    },
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
     "earlier responses as drafts": {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "draft_responses_per_prompt": 2},
 }
