@@ -26,6 +26,7 @@ NGRAM: dict[str, Any] = {
     "rollout_backend": "torch",
     "sglang_speculative_algorithm": "NGRAM",
     "sglang_speculative_num_steps": 4,
+    "sglang_speculative_adaptive": False,
 }
 KINDS = {"ngram": NGRAM}
 LEAST = {"ngram": 2.0}
