@@ -1,4 +1,4 @@
-"""Drafts through preempted, aborted and killed rollouts: no token is lost or repeated, and earlier responses are found."""
+"""Drafts through preempted, aborted and killed rollouts: no token is lost or repeated, earlier responses are found."""
 
 from __future__ import annotations
 
