@@ -96,8 +96,8 @@ class RunLoop:
             metrics = {
                 **step_metrics(done.metrics, batch, len(admission.ready), times, ranks, self._config.debug.has_trainer),
                 **run.turns.take_metrics(),
-                **self._finish_step_of_drafts(step),
                 **run.drafts.take_metrics(),
+                **self._finish_step_of_drafts(step),
             }
             if run.publisher.publishes:
                 metrics["perf/update_weights_gb"] = run.publisher.newest_bytes / 1e9

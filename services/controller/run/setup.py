@@ -154,8 +154,8 @@ class RunSetup:
             dump=RolloutDump(config.debug, self._queue, context.run_dir),
             traces=StepTraces(context.run_dir / "traces", config.telemetry.trace_steps, self._registry, report),
             turns=turns,
-            acceptance=acceptance,
             drafts=drafts,
+            acceptance=acceptance,
         )
 
     async def _rollouts(

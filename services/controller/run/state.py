@@ -67,8 +67,8 @@ class RunState:
     dump: RolloutDump
     traces: StepTraces
     turns: GpuTurns
-    acceptance: RunAcceptance
     drafts: RunDrafts
+    acceptance: RunAcceptance
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0

@@ -17,9 +17,9 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
-TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
 EAGLE3 = {"sglang_speculative_algorithm": "EAGLE3"}
 TRAINED_DRAFT = {**EAGLE3, "enable_draft_training": True}
+TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
 FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
 HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
 SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
@@ -1099,6 +1099,8 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
     "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
+    "a head that begins from nothing": TRAINED_DRAFT,
+    "a head trained by what was sampled": {**TRAINED_DRAFT, "draft_loss": "ce", "draft_unroll_steps": 2},
     "drafts from text in the torch engine": {
         **TORCH_DRAFTS,
         "sglang_speculative_num_steps": 6,
@@ -1111,8 +1113,6 @@ ALLOWED: dict[str, dict[str, Any]] = {
         "sglang_speculative_algorithm": "EAGLE3",
         "sglang_speculative_draft_model_path": "x",
     },
-    "a head that begins from nothing": TRAINED_DRAFT,
-    "a head trained by what was sampled": {**TRAINED_DRAFT, "draft_loss": "ce", "draft_unroll_steps": 2},
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
     "earlier responses as drafts": {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "draft_responses_per_prompt": 2},
 }
