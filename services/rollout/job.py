@@ -10,6 +10,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.drafts.initial import ensure_initial
 from miles.extensions.arguments import args_of
 from miles.extensions.samples import renderer_of
 from miles.queue import GroupQueue, PartialStore, ResponseStore, connect_async
@@ -187,6 +188,7 @@ class RolloutJob:
                 yield report
 
     def _create_engine(self) -> RolloutEngine:
+        ensure_initial(self.config)
         # In a thread: importing an engine imports torch, which takes seconds.
         from miles.services.rollout.engines.registry import configured_engine
 

@@ -43,7 +43,7 @@ class DraftsConfig(Section):
     draft_recordings_kept: Positive = 2
     """Number of newest training steps whose recordings are kept for the draft trainer; older ones are dropped."""
 
-    draft_recordings_dir: str | None = None
+    draft_recordings_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the recordings, which the ranks of the trainer and the draft trainer share; by default one in the run's
     folder."""
 

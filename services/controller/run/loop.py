@@ -42,6 +42,7 @@ class RunLoop:
         """Take every step; raises what the user asked for, or what went wrong."""
         run = self._run
         admission = await load(run, self._trainer, self._check)
+        await run.drafts.begin(run.step)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, f"at step {run.step}")
         await self._after_step()
         if run.publisher.publishes:
@@ -95,6 +96,7 @@ class RunLoop:
             metrics = {
                 **step_metrics(done.metrics, batch, len(admission.ready), times, ranks, self._config.debug.has_trainer),
                 **run.turns.take_metrics(),
+                **run.drafts.take_metrics(),
                 **self._finish_step_of_drafts(step),
             }
             if run.publisher.publishes:

@@ -19,6 +19,7 @@ from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.checkpoints import Checkpoints
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.dropped_groups import DroppedGroups
 from miles.services.controller.run.equal_rewards import EqualRewards
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
@@ -126,7 +127,9 @@ class RunSetup:
         )
         status.connect(rollouts, dispatcher, publisher, acceptance)
         evaluations = EvaluationSchedule(context, history, dispatcher, self._eval_sets)
-        turns = GpuTurns(config, rollouts, dispatcher, evaluations, status)
+        drafts = RunDrafts(context, self._registry, weightsync, rollouts, self._alerts, activities)
+        status.drafts = drafts
+        turns = GpuTurns(config, rollouts, dispatcher, evaluations, status, drafts)
         return RunState(
             context=context,
             history=history,
@@ -151,6 +154,7 @@ class RunSetup:
             dump=RolloutDump(config.debug, self._queue, context.run_dir),
             traces=StepTraces(context.run_dir / "traces", config.telemetry.trace_steps, self._registry, report),
             turns=turns,
+            drafts=drafts,
             acceptance=acceptance,
         )
 

@@ -14,6 +14,7 @@ from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.checkpoints import Checkpoints
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 from miles.services.controller.run.gpu_turns import GpuTurns
 from miles.services.controller.run.publication_schedule import PublicationSchedule
@@ -66,6 +67,7 @@ class RunState:
     dump: RolloutDump
     traces: StepTraces
     turns: GpuTurns
+    drafts: RunDrafts
     acceptance: RunAcceptance
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""

@@ -10,6 +10,7 @@ from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.protocols import Rollout, Rollouts, Trainer
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.run_waits import READING, LoadingWorker, RolloutFacts, RunFacts, waits_of
@@ -18,6 +19,7 @@ from miles.services.controller.status.worker_activity import Activity, WorkerAct
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 _TRAINER, _ROLLOUT = controller_pb2.WORKER_KIND_TRAINER, controller_pb2.WORKER_KIND_ROLLOUT
+_DRAFT_TRAINER = controller_pb2.WORKER_KIND_DRAFT_TRAINER
 _LOAD_PHASES = frozenset({"loading", "publishing", "collecting"})
 """Phases in which a run may wait for engines to load a version."""
 _WAITS = {
@@ -40,6 +42,8 @@ class RunStatus:
         self.step = 0
         self.saved_step: int | None = None
         """Steps that the newest complete checkpoint covers."""
+        self.drafts: RunDrafts | None = None
+        """What follows the draft trainer; None before the run's parts are built."""
         self._rollouts: Rollouts | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
@@ -181,6 +185,8 @@ class RunStatus:
                 return run.waiting_for or f"the run to go on ({run.phase})"
             case kind if kind == _ROLLOUT:
                 return self._wait_of_rollout(worker.worker_id, run)
+            case kind if kind == _DRAFT_TRAINER:
+                return (self.drafts is not None and self.drafts.describe()) or "a run that trains drafts"
             case kind:
                 return _WAITS.get(kind, "work")
 

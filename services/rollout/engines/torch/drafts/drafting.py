@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from miles.config.speculation import Speculation
 from miles.services.rollout.engines.base import SpeculationCounts, SpeculationState
+from miles.services.rollout.engines.torch.drafts.automatic import Automatic, Measured
 from miles.services.rollout.engines.torch.drafts.proposer import Computed, Proposer
 from miles.services.rollout.engines.torch.generation.scheduler import Copy, Plan
 from miles.services.rollout.engines.torch.generation.sequence import Sequence as Request
@@ -22,11 +24,15 @@ Versions = tuple[int, int | None]
 class Drafting:
     """Drafts of running requests. Used by the worker thread alone, but for `state`."""
 
-    def __init__(self, proposer: Proposer, num_steps: int, max_draft_tokens: int) -> None:
-        """`num_steps`: drafts of a request in one step at most; `max_draft_tokens`: of all requests together."""
+    def __init__(self, proposer: Proposer, speculation: Speculation, max_draft_tokens: int) -> None:
+        """`max_draft_tokens`: of all requests together in one step at most."""
         self.proposer = proposer
-        self._num_steps = num_steps
+        self._num_steps = speculation.num_steps
         self._max_draft_tokens = max_draft_tokens
+        self._automatic = None if speculation.adaptive is False else Automatic(speculation.num_steps)
+        self._steps = 0
+        """Most drafts of a request in the present step."""
+        self._served = self.draft_version
         self._counts: dict[Versions, SpeculationCounts] = {}
 
     @property
@@ -37,19 +43,30 @@ class Drafting:
     @property
     def state(self) -> SpeculationState:
         """As of now, for any thread."""
-        return SpeculationState(self.draft_version, self._num_steps, counts=tuple(self._counts.copy().values()))
+        counts = tuple(self._counts.copy().values())
+        automatic = self._automatic
+        if automatic is None:
+            return SpeculationState(self.draft_version, self._num_steps, counts=counts)
+        return SpeculationState(
+            self.draft_version, automatic.decided_steps, automatic.reason, counts, speedup=automatic.speedup
+        )
 
     def propose(self, plan: Plan) -> None:
         """Give the plan's decoding requests their drafts."""
         self._note_shared(plan.copies)
-        steps = self._num_steps
-        if plan.decode:
-            steps = min(steps, self._max_draft_tokens // len(plan.decode))
-        if not steps or not plan.decode:
+        if not plan.decode:
             return
-        for request, drafts in zip(plan.decode, self.proposer.propose(plan.decode, steps), strict=True):
+        if self._served != self.draft_version:
+            self._served = self.draft_version
+            self.weights_changed()
+        requests = len(plan.decode)
+        decided = self._num_steps if self._automatic is None else self._automatic.steps(requests)
+        self._steps = min(decided, self._max_draft_tokens // requests)
+        if not self._steps:
+            return
+        for request, drafts in zip(plan.decode, self.proposer.propose(plan.decode, self._steps), strict=True):
             room = request.request.sampling.max_new_tokens - request.response_length - 1
-            request.drafts = drafts[: min(room, steps)]
+            request.drafts = drafts[: min(room, self._steps)]
 
     def note_computed(self, plan: Plan, kept: Mapping[int, int], hidden_ND: Mapping[int, torch.Tensor]) -> None:
         """Pass on what a forward pass has computed, before its tokens are appended.
@@ -68,6 +85,20 @@ class Drafting:
             first += length
         self.proposer.note_computed(computed)
         self._note_shared(plan.shares)
+
+    def note_measured(self, plan: Plan, kept: Mapping[int, int], seconds: float) -> None:
+        """Learn from the time that a step took, before its tokens are appended; see `note_computed`."""
+        mixed = plan.prefill or plan.copies or plan.shares
+        if self._automatic is None or mixed or len(plan.decode) > self._max_draft_tokens:
+            return
+        proposed = [len(request.drafts) for request in plan.decode]
+        accepted = [kept[request.slot] for request in plan.decode]
+        self._automatic.note(Measured(self._steps, seconds, proposed, accepted))
+
+    def weights_changed(self) -> None:
+        """The policy's weights are others now."""
+        if self._automatic is not None:
+            self._automatic.versions_changed()
 
     def count(self, drawn: Drawn, taken: int, policy_version: int) -> None:
         """Count a request's verification, of which `taken` tokens are in the response. Its drafts are done with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -16,7 +16,7 @@ from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.base import FinishReason
 from miles.services.rollout.engines.torch.drafts.create import create_proposer
 from miles.services.rollout.engines.torch.drafts.drafting import Drafting
-from miles.services.rollout.engines.torch.drafts.proposer import Policy
+from miles.services.rollout.engines.torch.drafts.proposer import Policy, Proposer
 from miles.services.rollout.engines.torch.generation.outbox import Outbox
 from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
@@ -53,7 +53,9 @@ class Generator:
     Only one thread may use it, except for `parameters.check`, `quantised` and reading plain attributes.
     """
 
-    def __init__(self, config: Any, options: GeneratorOptions) -> None:
+    def __init__(
+        self, config: Any, options: GeneratorOptions, create_proposer: Callable[[Policy], Proposer] = create_proposer
+    ) -> None:
         shape = model_shape(config)
         padding = choose_padding(
             shape,
@@ -77,7 +79,10 @@ class Generator:
         self._device = options.device
         self._recorder = RoutingRecorder(model)
         self._sequences: dict[str, Sequence] = {}
-        self.drafting = self._create_drafting(config, model, options, padding.max_draft_tokens)
+        self.drafting: Drafting | None = None
+        if options.speculation.is_on:
+            proposer = create_proposer(_policy(config, model, options))
+            self.drafting = Drafting(proposer, options.speculation, padding.max_draft_tokens)
         layers = () if self.drafting is None else self.drafting.proposer.layers
         self._hidden = HiddenStates(model, layers, shape.layers)
         cache = KVCache(
@@ -140,6 +145,8 @@ class Generator:
         self.parameters.swap(checked)
         self.scheduler.weights_changed()
         self.version = version
+        if self.drafting is not None:
+            self.drafting.weights_changed()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - begin
@@ -147,6 +154,7 @@ class Generator:
     @torch.inference_mode()
     def step(self) -> None:
         """Compute one step and sample a token, and more where drafts are accepted, for every request that is ready."""
+        begin = time.perf_counter()
         plan = self.scheduler.plan()
         if self.drafting is not None:
             self.drafting.propose(plan)
@@ -164,6 +172,7 @@ class Generator:
         self._share_routing(plan, before=False)
         if self.drafting is not None:
             self.drafting.note_computed(plan, kept, self._hidden.take())
+            self.drafting.note_measured(plan, kept, time.perf_counter() - begin)
         for each in drawn:
             self._take_tokens(each)
 
@@ -215,24 +224,19 @@ class Generator:
             row += length
 
     @staticmethod
-    def _create_drafting(
-        config: Any, model: torch.nn.Module, options: GeneratorOptions, max_draft_tokens: int
-    ) -> Drafting | None:
-        if not options.speculation.is_on:
-            return None
-        policy = Policy(
-            speculation=options.speculation,
-            config=config,
-            model=model,
-            dtype=options.dtype,
-            device=options.device,
-            max_running_requests=options.max_running_requests,
-            max_total_tokens=options.max_total_tokens,
-        )
-        return Drafting(create_proposer(policy), options.speculation.num_steps, max_draft_tokens)
-
-    @staticmethod
     def _share_routing(plan: Plan, *, before: bool) -> None:
         for copy in plan.copies if before else plan.shares:
             if copy.target.routing is not None and copy.source.routing is not None:
                 copy.target.routing.extend(0, copy.source.routing.prefix(copy.length))
+
+
+def _policy(config: Any, model: torch.nn.Module, options: GeneratorOptions) -> Policy:
+    return Policy(
+        speculation=options.speculation,
+        config=config,
+        model=model,
+        dtype=options.dtype,
+        device=options.device,
+        max_running_requests=options.max_running_requests,
+        max_total_tokens=options.max_total_tokens,
+    )
