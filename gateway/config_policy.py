@@ -32,6 +32,8 @@ _SPECULATION = frozenset(
         "speculative_num_steps",
         "speculative_eagle_topk",
         "speculative_num_draft_tokens",
+        "speculative_adaptive",
+        "speculative_use_rejection_sampling",
         "enable_draft_weights_cpu_backup",
     )
 )
