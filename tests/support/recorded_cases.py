@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from recorded_reference import FLAGS, assert_as_the_stock_model, samples_of
+from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, samples_of
 from trainer_cases import random_groups
 
 from miles.drafts.recordings import read, steps
@@ -23,7 +23,7 @@ EP2 = {"expert_model_parallel_size": 2}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SHORT = {"draft_tokens_per_step": 100, "num_steps_per_rollout": 2, "global_batch_size": 8}
 """Some samples of the first optimizer step."""
-PADDED = {"qkv_format": "bshd", "use_dynamic_batch_size": False, "max_tokens_per_gpu": None, "micro_batch_size": 3}
+PADDED = {"qkv_format": "bshd", "use_dynamic_batch_size": False, "max_tokens_per_gpu": None, "micro_batch_size": 4}
 
 LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "recorded-sp": (2, "dense", {**SP, **RECOMPUTE}),
@@ -60,6 +60,12 @@ def recorded_case(name: str, model: str, out: pathlib.Path, **flags: Any) -> dic
     root = {"draft_recordings_dir": str(out / f"{name}-recordings")}
     settings = {"train_backend": "megatron", "adam_eps": 1e-3, **FLAGS, **root, **flags}
     return {"name": name, "model": str(out / model), "flags": settings, "seed": SEED, "steps": 1}
+
+
+def plain_case(name: str, model: str, out: pathlib.Path, **flags: Any) -> dict[str, Any]:
+    """The same step without a recording."""
+    case = recorded_case(name, model, out, **flags)
+    return {**case, "flags": {"train_backend": "megatron", "adam_eps": 1e-3, **TEMPERATURE, **flags}}
 
 
 def assert_recorded(out: pathlib.Path, name: str) -> None:

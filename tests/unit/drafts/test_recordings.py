@@ -159,5 +159,6 @@ def test_a_recording_that_cannot_be_written_is_an_os_error(tmp_path: pathlib.Pat
 def test_recordings_are_in_the_runs_folder_unless_another_is_given() -> None:
     run = pathlib.Path("run")
     assert root_of(JobConfig.from_flat(MINIMAL), run) == run / "drafts" / "recordings"
-    shared = JobConfig.from_flat(MINIMAL | {"draft_recordings_dir": "/shared"})
+    on = {"enable_draft_training": True, "sglang_speculative_algorithm": "EAGLE3", "draft_recordings_dir": "/shared"}
+    shared = JobConfig.from_flat(MINIMAL | on)
     assert root_of(shared, run) == pathlib.Path("/shared")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recorded_reference import FLAGS, assert_as_the_stock_model, samples_of
+from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, samples_of
 from trainer_cases import job_config, random_groups, set_own_routing, write_dense_model, write_moe_model
 
 from miles.drafts.recordings import read, steps
@@ -136,13 +136,15 @@ def test_compiled_layers_are_read(dense: pathlib.Path, tmp_path: pathlib.Path) -
 def test_recording_changes_no_bit_of_what_is_trained(dense: pathlib.Path, tmp_path: pathlib.Path, share: bool) -> None:
     """Adam's first step is one of signs: two steps show the gradients' size too."""
     results = []
-    for name in ("plain", "recorded"):
-        on = {"enable_draft_training": name == "recorded"}
-        backend = loaded(dense, tmp_path / name / "recordings", share_prompts=share, **on)
+    plainly = job_config(dense, **TEMPERATURE, share_prompts=share)
+    for backend in (
+        FsdpBackend(plainly, tmp_path / "checkpoints", torch.device("cpu")),
+        loaded(dense, tmp_path / "recordings", share_prompts=share),
+    ):
+        backend.load()
         metrics = [train(backend, random_groups(step), step) for step in range(2)]
         results.append((weights(backend), metrics))
-    assert steps(tmp_path / "plain" / "recordings") == []
-    assert steps(tmp_path / "recorded" / "recordings") == [0, 1]
+    assert steps(tmp_path / "recordings") == [0, 1]
     (plain, plain_metrics), (recorded, recorded_metrics) = results
     assert all(torch.equal(plain[name], recorded[name]) for name in plain)
     for one, other in zip(plain_metrics, recorded_metrics, strict=True):
