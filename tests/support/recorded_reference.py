@@ -13,11 +13,13 @@ from miles.drafts.recorded_layers import EMBEDDING
 from miles.drafts.recording import RecordedSample
 from miles.types import Sample, SampleGroup
 
+TEMPERATURE = {"rollout_temperature": 0.8}
 FLAGS: dict[str, Any] = {
     "enable_draft_training": True,
     "sglang_speculative_algorithm": "EAGLE3",
     "draft_top_tokens": 5,
-    "rollout_temperature": 0.8,
+    "draft_batch_tokens": 2,
+    **TEMPERATURE,
 }
 """Of a job whose trainer records."""
 
@@ -34,7 +36,7 @@ def assert_as_the_stock_model(
     layers: Sequence[int],
     *,
     top: int = FLAGS["draft_top_tokens"],
-    temperature: float = FLAGS["rollout_temperature"],
+    temperature: float = TEMPERATURE["rollout_temperature"],
 ) -> None:
     """Compare what was recorded of samples: likeliest tokens as sets exactly, numbers within rounding of float32."""
     from transformers import AutoModelForCausalLM
