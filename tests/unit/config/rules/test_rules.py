@@ -17,6 +17,8 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+EAGLE3 = {"sglang_speculative_algorithm": "EAGLE3"}
+TRAINED_DRAFT = {**EAGLE3, "enable_draft_training": True}
 TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
 FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
 HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
@@ -736,6 +738,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {**SGLANG, "sglang_speculative_accept_threshold_acc": 0.8},
         "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
     ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NEXTN", "draft_responses_per_prompt": 2},
+        "draft_responses_per_prompt = 2, but no engine drafts from earlier responses; set sglang_speculative_algorithm",
+    ),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
     ({"host": "127.0.0.1:5000"}, "host = 127.0.0.1:5000, but it has a port: leave :5000 out"),
     ({"gateway_host": "http://localhost"}, "gateway_host = http://localhost, but it begins with http://"),
@@ -784,7 +790,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**TORCH_DRAFTS, "sglang_speculative_algorithm": "standalone"},
-        "sglang_speculative_algorithm = STANDALONE, but its draft is a model, and none is given; set",
+        "sglang_speculative_algorithm = standalone drafts with a small model; set it to its folder",
     ),
     (
         {"rollout_backend": "torch", "rollout_num_gpus": 2},
@@ -966,6 +972,67 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"update_weight_transfer_mode": "cuda_ipc", "device": "cpu"},
         "update_weight_transfer_mode = cuda_ipc, but device is cpu",
     ),
+    (
+        {"enable_draft_training": True},
+        "enable_draft_training = true, but engines draft nothing; set sglang_speculative",
+    ),
+    (
+        {"enable_draft_training": True, "sglang_speculative_algorithm": "NEXTN"},
+        "NEXTN: the draft is made of the policy's own MTP layers; leave it out, and set enable_mtp_training",
+    ),
+    (
+        {**TRAINED_DRAFT, "sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "head"},
+        "sglang_speculative_algorithm = EAGLE: heads of EAGLE-1 and -2 predict hidden states",
+    ),
+    (
+        {"enable_draft_training": True, "sglang_speculative_algorithm": "NGRAM"},
+        "NGRAM drafts from earlier responses, without a model; leave it out",
+    ),
+    ({**TRAINED_DRAFT, "sglang_speculative_algorithm": "DFLASH"}, "DFLASH: nothing here knows that draft's model; set"),
+    (
+        {**TRAINED_DRAFT, "debug_rollout_only": True},
+        "debug_rollout_only has no trainer to record; leave one of them out",
+    ),
+    (
+        {**TRAINED_DRAFT, "num_rollout": 0, "eval_prompt_data": ["a", "b"]},
+        "enable_draft_training = true, but num_rollout = 0 trains nothing to learn from; leave it out",
+    ),
+    (
+        {**SGLANG, "enable_draft_training": True, "rollout_external_engine_addrs": ["h:1"]},
+        "enable_draft_training = true, but servers of rollout_external_engine_addrs run already",
+    ),
+    (EAGLE3, "EAGLE3 drafts with a head that was trained for the policy; set it to the folder of a head, or enable"),
+    (
+        {"sglang_speculative_algorithm": "STANDALONE", "enable_draft_training": True},
+        "sglang_speculative_algorithm = STANDALONE drafts with a small model; set it to its folder",
+    ),
+    ({"draft_learning_rate": 1e-3}, "draft_learning_rate = 0.001, but it does nothing without enable_draft_training"),
+    (
+        {"draft_unroll_steps": 7},
+        "draft_unroll_steps = 7, but it does nothing without enable_draft_training; turn that on",
+    ),
+    (
+        {
+            "sglang_speculative_algorithm": "STANDALONE",
+            "sglang_speculative_draft_model_path": "small",
+            "enable_draft_training": True,
+            "draft_unroll_steps": 7,
+        },
+        "draft_unroll_steps = 7, but a standalone draft reads tokens, and is not trained on what it has drafted itself",
+    ),
+    (
+        {**TRAINED_DRAFT, "draft_tokens_per_step": 100},
+        "draft_batch_tokens = 8192, but a recording has draft_tokens_per_step = 100 tokens; lower it",
+    ),
+    ({**TRAINED_DRAFT, "draft_train_device": "gpu"}, "draft_train_device = gpu, but it names no device; set it to cpu"),
+    (
+        {**TRAINED_DRAFT, "draft_train_device": "cuda:1", "device": "cpu"},
+        "draft_train_device = cuda:1, but device is cpu",
+    ),
+    (
+        {"draft_acceptance_alarm": 1.5},
+        "draft_acceptance_alarm = 1.5, but engines draft nothing; set sglang_speculative",
+    ),
 ]
 
 
@@ -1032,6 +1099,8 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
     "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
+    "a head that begins from nothing": TRAINED_DRAFT,
+    "a head trained by what was sampled": {**TRAINED_DRAFT, "draft_loss": "ce", "draft_unroll_steps": 2},
     "drafts from text in the torch engine": {
         **TORCH_DRAFTS,
         "sglang_speculative_num_steps": 6,
@@ -1045,6 +1114,7 @@ ALLOWED: dict[str, dict[str, Any]] = {
         "sglang_speculative_draft_model_path": "x",
     },
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
+    "earlier responses as drafts": {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "draft_responses_per_prompt": 2},
 }
 
 

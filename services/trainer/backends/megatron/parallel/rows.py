@@ -38,6 +38,10 @@ class LocalRows:
     columns: int | None = None
     """S where samples lie side by side, the first row of each before the second: L = M · S; None for packed ones."""
 
+    def by_sample(self, values_L: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[1, L], or [S, M] where samples lie side by side."""
+        return np.ascontiguousarray(values_L.reshape(-1, self.columns or 1).T)
+
 
 def local_rows(micro_batch: MicroBatch, *, context_rank: int, context_size: int, multiple_of: int) -> LocalRows:
     """Cut a micro-batch whose samples do not share prompts. L is a multiple of `multiple_of`."""
@@ -58,6 +62,12 @@ def padded_rows(micro_batch: MicroBatch, *, multiple_of: int) -> LocalRows:
     columns = [_padded(np.arange(s.start, s.end), longest) for s in micro_batch.segments]
     sources = np.stack(columns, axis=1).reshape(-1)
     return dataclasses.replace(_rows(micro_batch, sources, [longest] * len(columns)), columns=len(columns))
+
+
+def part_of_rows(values_L: npt.NDArray[np.int64], part: int, parts: int) -> npt.NDArray[np.int64]:
+    """What one of the tensor-parallel ranks has of them that share rows by sequence parallelism."""
+    size = len(values_L) // parts
+    return values_L[part * size : (part + 1) * size]
 
 
 def _rows(micro_batch: MicroBatch, sources: npt.NDArray[np.int64], lengths: list[int]) -> LocalRows:
