@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch_drafts import Driver, Generated, Oracle, request_of
@@ -112,22 +113,22 @@ def test_every_right_draft_saves_a_step(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_text_that_repeats_is_drafted_from_itself_and_from_earlier_responses(
-    tmp_path: pathlib.Path, family: str
-) -> None:
+def test_earlier_responses_that_come_again_are_accepted(tmp_path: pathlib.Path, family: str) -> None:
     weights = weights_of(save_checkpoint(tmp_path, family))
-    requests = [
-        request_of(str(i), prompt_of(8), seed=i, temperature=t, min_new_tokens=100, max_new_tokens=100, routed=True)
-        for i, t in enumerate((0.0, 0.3, 0.6))
+    asked = [
+        request_of(str(i), prompt_of(8), seed=i, temperature=t, min_new_tokens=60, max_new_tokens=60, routed=True)
+        for i, t in enumerate((0.0, 0.3, 1.0))
     ]
-    plain = Driver(tmp_path, weights, None).run(*requests)
+    plain = Driver(tmp_path, weights, None).run(*asked)
+    earlier = [np.array(plain[name].tokens, np.int32) for name in ("0", "2")]
     driver = Driver(tmp_path, weights)
-    drafted = driver.run(*requests)
+    drafted = driver.run(*(dataclasses.replace(request, earlier_responses=earlier) for request in asked))
     assert alike(drafted) == alike(plain)
     check_counters(driver, drafted)
-    greedy = drafted["0"].ended.speculative
-    assert greedy is not None
-    assert greedy.accepted_draft_tokens > 0
+    for name in ("0", "2"):
+        stats = drafted[name].ended.speculative
+        assert stats is not None
+        assert stats.accepted_draft_tokens > 30
 
 
 def test_accepted_tokens_are_resumed_after_an_abort_without_loss_or_repetition(tmp_path: pathlib.Path) -> None:
@@ -135,7 +136,7 @@ def test_accepted_tokens_are_resumed_after_an_abort_without_loss_or_repetition(t
     whole = requests()
     plain = Driver(tmp_path, weights, None).run(*whole)
     future = futures(plain)
-    for steps_before in (1, 2, 4, 7):
+    for steps_before in (2, 5):
         driver = Driver(tmp_path, weights, lambda _, n=steps_before: Oracle(future, seed=n), dtype="float32")
         driver.add(*whole)
         for _ in range(steps_before):
@@ -168,8 +169,16 @@ def test_accepted_tokens_are_resumed_after_an_abort_without_loss_or_repetition(t
                 assert second[name].alike()[-1] == plain[name].alike()[-1]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("retract", [False, True], ids=["in_place", "retract"])
+@pytest.mark.parametrize(
+    ("family", "retract"),
+    [
+        ("qwen3_moe", False),
+        ("deepseek_v3", True),
+        pytest.param("qwen3", False, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", True, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_that_change_mid_response_change_it_as_without_drafts(
     tmp_path: pathlib.Path, family: str, retract: bool
 ) -> None:
@@ -214,7 +223,7 @@ def test_requests_that_come_go_and_are_retracted_at_any_time_lose_nothing(tmp_pa
     weights = weights_of(save_checkpoint(tmp_path, "qwen3_moe"))
     plain = Driver(tmp_path, weights, None).run(*requests())
     future = futures(plain)
-    for seed in range(4):
+    for seed in range(2):
         oracle = Oracle(future, seed=seed)
         driver = Driver(
             tmp_path, weights, lambda _, o=oracle: o, steps=1 + 2 * seed, max_running_requests=3, max_prefill_tokens=17

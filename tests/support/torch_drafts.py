@@ -162,7 +162,10 @@ class Oracle:
     def _drafts(self, request: Request, count: int) -> list[int]:
         assert self.known.get(request.request.request_id, 0) == len(request.tokens) - 1
         coming = list(self._future.get(request.request.request_id, ())[request.response_length :])[:count]
-        return [t if self._random.random() < self._right else self._random.randrange(self._vocabulary) for t in coming]
+        return [t if self._random.random() < self._right else self._other(t) for t in coming]
+
+    def _other(self, token: int) -> int:
+        return (token + self._random.randrange(1, self._vocabulary)) % self._vocabulary
 
     def note_computed(self, computed: Sequence[Computed]) -> None:
         """Check that nothing was left out or told twice."""
