@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch_drafts import Driver, Generated, Oracle, request_of
-from torch_engine_models import prompt_of, save_checkpoint, weights_of
+from torch_engine_models import prompt_of, respond, running_engine, save_checkpoint, weights_of
 
+from miles.config.speculation import DraftKind, Speculation
 from miles.precision.recipe import Recipe
 from miles.precision.tensors import QuantisedTensors
-from miles.services.rollout.engines.base import FinishReason, GenerationRequest
-from miles.types import VersionSpan
+from miles.services.rollout.engines.base import FinishReason, GenerationRequest, SamplingParams, SpeculationState
+from miles.types import SpeculativeStats, VersionSpan
 from miles.weights.export_format import formatted
 
 pytestmark = pytest.mark.engine
@@ -129,6 +130,32 @@ def test_earlier_responses_that_come_again_are_accepted(tmp_path: pathlib.Path, 
         stats = drafted[name].ended.speculative
         assert stats is not None
         assert stats.accepted_draft_tokens > 30
+
+
+async def test_an_engine_says_what_became_of_its_drafts(tmp_path: pathlib.Path) -> None:
+    model = save_checkpoint(tmp_path, "llama")
+    speculation = Speculation(DraftKind.NGRAM, num_steps=3, num_draft_tokens=4)
+    async with running_engine(tmp_path, weights_of(model), version=5) as engine:
+        plain = await respond(engine, prompt_of(8), seed=3, min_new_tokens=24)
+        assert engine.stats().speculation is None
+    async with running_engine(tmp_path, weights_of(model), version=5, speculation=speculation) as engine:
+        assert engine.draft is None
+        assert engine.stats().speculation == SpeculationState(None, 3)
+        earlier = (np.array(plain.tokens, np.int32),)
+        params = SamplingParams(max_new_tokens=24, min_new_tokens=24, seed=3)
+        tokens: list[int] = []
+        async for delta in engine.generate(GenerationRequest("r", prompt_of(8), params, earlier_responses=earlier)):
+            tokens += delta.token_ids
+            result = delta.result
+        state = engine.stats().speculation
+    assert tokens == plain.tokens
+    assert result is not None
+    assert state is not None
+    (counts,) = state.counts
+    stats = result.speculative
+    assert stats == SpeculativeStats(counts.accepted_draft_tokens, counts.proposed_draft_tokens, counts.verify_count)
+    assert (counts.policy_version, counts.draft_version) == (5, None)
+    assert counts.accepted_draft_tokens > 10
 
 
 def test_accepted_tokens_are_resumed_after_an_abort_without_loss_or_repetition(tmp_path: pathlib.Path) -> None:
