@@ -1,9 +1,9 @@
 """GRPO of a mixture of experts that drafts with its own MTP layer, trained by Megatron: acceptance by step.
 
     python -m examples.smollm2_chain_sum.prepare
-    python -m examples.smollm2_chain_sum.upcycle --model .cache/smollm2-135m-instruct --out .cache/moe-mtp --mtp-layers 1
-    python -m benchmarks.gpu.mtp_run --model .cache/moe-mtp
-    python -m benchmarks.gpu.mtp_run --model .cache/moe-mtp --variants still online frozen
+    python -m examples.smollm2_chain_sum.upcycle --model .cache/smollm2-135m-instruct --mtp-layers 1 --out .cache/mtp
+    python -m benchmarks.gpu.mtp_run --model .cache/mtp
+    python -m benchmarks.gpu.mtp_run --model .cache/mtp --variants still online frozen
 
 Megatron trains, SGLang (NEXTN) generates, experts are replayed (R3), and every step publishes the MTP layer with the
 policy. The task is one-digit sums.
@@ -95,7 +95,7 @@ def table(folder: pathlib.Path) -> str:
 def main() -> None:
     """Run the variants one after the other; print and write a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".cache/moe-mtp", help="folder that upcycle.py wrote with --mtp-layers 1")
+    parser.add_argument("--model", default=".cache/mtp", help="folder that upcycle.py wrote with --mtp-layers 1")
     parser.add_argument("--variants", nargs="+", default=["still"], choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step")

@@ -17,6 +17,7 @@ from miles.weights.naming.published import PublishedTensors
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for CPUs (make test-engines installs it)"),
 ]
@@ -29,9 +30,7 @@ DRAFTS = {
 """By family, what SGLang drafts with."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow) if name != "GLM-4.5" else name for name in DRAFTS]
-)
+@pytest.mark.parametrize("family", DRAFTS)
 def test_a_draft_is_filled_by_the_published_tensors_but_for_what_the_model_shares(
     family: str, tmp_path: pathlib.Path
 ) -> None:

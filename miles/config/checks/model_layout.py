@@ -165,7 +165,8 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if s.mtp_num_layers is None or layout is None or not isinstance(count, int):
         return
     with contextlib.suppress(SplitError):  # reported by itself
-        if split_of(s).virtual_stages(count)[-1][-1] == 0:
+        split = split_of(s)
+        if count - 1 not in split.layers_of(split.stages - 1, count):
             problem = "its last stage has no layer (t), and MTP layers are made like the last one there"
             yield Fault("pipeline_model_parallel_layout", layout, problem, "write tL at its end")
 
