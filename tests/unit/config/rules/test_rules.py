@@ -199,10 +199,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "qkv_format = bshd, but context_parallel_size = 2 cuts packed samples; set it to thd",
     ),
     (
-        {"qkv_format": "bshd", "enable_mtp_training": True, "mtp_num_layers": 1},
-        "qkv_format = bshd, but enable_mtp_training learns from packed samples; set it to thd",
-    ),
-    (
         {"qkv_format": "bshd", "moe_aux_loss_coeff": 0.1},
         "qkv_format = bshd, but moe_aux_loss_coeff would balance padding too; set it to thd",
     ),
@@ -453,10 +449,11 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
             "train_backend": "megatron",
             "enable_mtp_training": True,
             "mtp_num_layers": 1,
-            "actor_num_gpus_per_node": 2,
-            "context_parallel_size": 2,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 2,
         },
-        "enable_mtp_training = true, but MTP layers are trained only where a rank has all of each",
+        "recompute_num_layers = 2, but MTP layers are recomputed one by one",
     ),
     (
         {"train_backend": "megatron", "mtp_loss_scaling_factor": 0.5},
