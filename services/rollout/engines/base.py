@@ -14,6 +14,7 @@ from miles.types import SpeculativeStats, VersionSpan
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import torch
 
     from miles.engine_spec import EngineSpec
@@ -72,6 +73,9 @@ class GenerationRequest:
     """How many of the likeliest tokens to report beside each token."""
     group: str = ""
     """Requests of the same group share their prompt; an engine of several servers keeps them together."""
+    earlier_responses: Sequence[npt.NDArray[np.int32]] = dataclasses.field(default=(), compare=False, repr=False)
+    """Earlier responses to the group's prompt, newest first, int32 [tokens] each: the same objects in all requests of a
+    group. Drafts for an engine that drafts from text (NGRAM), nothing to any other."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
