@@ -17,6 +17,7 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+EAGLE = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "draft"}
 FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
 HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
 SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
@@ -735,6 +736,38 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {**SGLANG, "sglang_speculative_accept_threshold_acc": 0.8},
         "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
     ),
+    (
+        {**SGLANG, "device": "cpu", "sglang_speculative_algorithm": "NGRAM"},
+        "sglang_speculative_algorithm = NGRAM, but on a CPU SGLang verifies drafts greedily",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "observe_rollout_routing": True},
+        "sglang_speculative_algorithm = NGRAM, but SGLang loses the experts of tokens that it verifies so",
+    ),
+    (
+        {**SGLANG, **EAGLE, "sglang_speculative_eagle_topk": 2, "use_rollout_routing_replay": True},
+        "sglang_speculative_eagle_topk = 2, but SGLang returns experts of branches that were not accepted",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_adaptive": True},
+        "sglang_speculative_adaptive = true, but SGLang cannot change the steps of NGRAM while it runs",
+    ),
+    (
+        {**SGLANG, **EAGLE, "sglang_speculative_adaptive": True, "sglang_enable_two_batch_overlap": True},
+        "sglang_speculative_adaptive = true, but SGLang does not adapt steps with enable_two_batch_overlap",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_use_rejection_sampling": True},
+        "sglang_speculative_use_rejection_sampling = true, but SGLang has it for EAGLE, EAGLE3 and NEXTN",
+    ),
+    (
+        {
+            **(SGLANG | EAGLE),
+            "sglang_speculative_use_rejection_sampling": True,
+            "sglang_speculative_adaptive_config": "tiers.json",
+        },
+        "sglang_speculative_use_rejection_sampling = true, but SGLang's rejection sampling fails in a step without",
+    ),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
     ({"host": "127.0.0.1:5000"}, "host = 127.0.0.1:5000, but it has a port: leave :5000 out"),
     ({"gateway_host": "http://localhost"}, "gateway_host = http://localhost, but it begins with http://"),
@@ -998,6 +1031,11 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
     "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
+    "routing of chains of drafts": {
+        **(SGLANG | EAGLE),
+        "observe_rollout_routing": True,
+        "sglang_speculative_adaptive": True,
+    },
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
 }
 

@@ -164,6 +164,23 @@ def test_a_folder_without_weights_starts_with_noise_and_the_draft_with_its_own()
     assert "--disable-shared-experts-fusion" not in words(drafted)
 
 
+def test_servers_with_drafts_take_as_many_requests_as_without() -> None:
+    assert "--max-running-requests 512" in words(options_of(sglang_speculative_algorithm="NGRAM"))
+    given = options_of(sglang_speculative_algorithm="NGRAM", sglang_server_concurrency=64)
+    assert "--max-running-requests 64" in words(given)
+    assert "--max-running-requests 8" in words(options_of(sglang_speculative_algorithm="NGRAM", max_running_requests=8))
+    assert "--max-running-requests" not in words(options_of())
+
+
+def test_flags_of_drafts_that_follow_are_given_to_every_server_and_never_against_the_job() -> None:
+    options = options_of(sglang_speculative_algorithm="EAGLE", sglang_speculative_num_steps=5)
+    follow = {"speculative_num_steps": 3, "speculative_eagle_topk": 1}
+    line = " ".join(command(options, 0, 30000, ServedModel("m", 4096), follow))
+    assert "--speculative-num-steps=5" in line
+    assert "--speculative-num-steps=3" not in line
+    assert "--speculative-eagle-topk=1" in line
+
+
 def test_servers_of_quantised_weights_have_functions_beside_other_loaders() -> None:
     start = words(options_of(rollout_weight_format="int4", sglang_custom_weight_loader=["a.b"]))
     assert "--custom-weight-loader miles_in_server.keep_workspaces miles_in_server.drain a.b" in start
