@@ -95,7 +95,7 @@ class Job(JobEntry):
     )
     summary: dict[str, Any] = Field(
         description="Results so far: steps, wall_s, tokens_per_s, time_share, eval.before, eval.after, checkpoint, "
-        "hf_checkpoint",
+        "hf_checkpoint, acceptance",
         examples=[{"steps": 12, "wall_s": 80.5, "eval": {"before": {"sums": 0.1}, "after": {"sums": 0.9}}}],
     )
 

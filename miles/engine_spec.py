@@ -30,6 +30,8 @@ class EngineSpec:
     mtp_drafts: frozenset[str]
     """Speculative algorithms whose draft is made of the policy's own MTP layers, unless a draft model is given. MTP
     layers are published for these alone."""
+    draft_algorithms: frozenset[str] | None
+    """Speculative algorithms, in SGLang's words, that it verifies drafts of; None: its servers say so themselves."""
     unties: frozenset[str]
     """Types of models whose tied head it keeps apart from the embeddings, so that it needs the tensor by both names."""
     experts_everywhere: frozenset[str]
@@ -51,6 +53,7 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
             weight_formats=frozenset({"as_trained", "fp8_block", "int4", "mxfp8", "nvfp4"}),
             weight_form="module",
             mtp_drafts=frozenset(),
+            draft_algorithms=frozenset({"EAGLE3", "NGRAM", "STANDALONE"}),
             unties=frozenset(),
             experts_everywhere=frozenset(),
             adapter_base_on_device=True,
@@ -63,6 +66,7 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
             weight_formats=frozenset({"as_trained", "fp8_block", "int4"}),
             weight_form="checkpoint",
             mtp_drafts=frozenset({"EAGLE", "NEXTN"}),
+            draft_algorithms=None,
             unties=frozenset({"glm4_moe", "minimax_m2", "qwen2_moe", "qwen3_moe"}),
             experts_everywhere=frozenset({"qwen2_moe", "qwen3_moe"}),
             adapter_base_on_device=False,

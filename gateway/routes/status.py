@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from miles.gateway.auth import Reader
 from miles.gateway.routes.common import Gateway, JobId, problems
 from miles.gateway.schemas import Wait, moment
+from miles.gateway.speculation import EngineSpeculation, engine_speculation
 from miles.rpc.gen import controller_pb2
 from miles.telemetry.redaction import redact
 
@@ -69,6 +70,7 @@ class RunStatus(BaseModel):
     workers: list[WorkerActivity]
     waits: list[Wait] = Field(description="Everything that it waits for, the most telling first")
     jobs_ahead: int = Field(description="Jobs that run before this one")
+    speculation: list[EngineSpeculation] = Field(description="Speculative decoding of each engine; empty without it")
 
 
 @router.get("/{job_id}/status", response_model=RunStatus, operation_id="getStatus", responses=problems("unknown-job"))
@@ -92,6 +94,7 @@ async def get_status(gateway: Gateway, caller: Reader, job_id: JobId) -> RunStat
         workers=[_doing(worker) for worker in run.workers],
         waits=[Wait.of(wait) for wait in run.waits],
         jobs_ahead=run.jobs_ahead,
+        speculation=[engine_speculation(engine) for engine in run.speculation],
     )
 
 

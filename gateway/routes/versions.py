@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from typing import Literal
 
 from fastapi import APIRouter
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field
 from miles.gateway.auth import Reader, Submitter
 from miles.gateway.routes.common import Gateway, JobId, check_own, problems
 from miles.gateway.schemas import moment
+from miles.gateway.speculation import VersionAcceptance, recorded_acceptance
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.telemetry.redaction import redact
 
@@ -61,6 +63,10 @@ class VersionList(BaseModel):
 
     versions: list[WeightVersion]
     engines: list[EngineWeights]
+    acceptance: list[VersionAcceptance] = Field(
+        description="What became of drafts in all engines, by pair of versions: the newest pairs, oldest first; empty "
+        "without speculative decoding"
+    )
 
 
 class CheckResult(BaseModel):
@@ -79,11 +85,12 @@ class CheckResult(BaseModel):
     responses=problems("unknown-job", "not-possible-now"),
 )
 async def list_versions(gateway: Gateway, caller: Reader, job_id: JobId) -> VersionList:
-    """Versions of the weights, and the version that each engine holds since when."""
+    """Versions of the weights, the version that each engine holds since when, and how many drafts were accepted."""
     answer = await gateway.controller.versions(job_id)
     return VersionList(
         versions=[_version(version) for version in answer.versions],
         engines=[_engine(engine) for engine in answer.engines],
+        acceptance=recorded_acceptance(json.loads((await gateway.job(job_id)).summary_json or "{}")),
     )
 
 

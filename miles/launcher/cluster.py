@@ -26,7 +26,7 @@ from miles.addresses import (
 )
 from miles.launcher.elsewhere import command_line, plan_elsewhere
 from miles.launcher.inherited import QUIET_ENVIRONMENT, inherited
-from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
+from miles.launcher.plan import DRAFT_TRAINER, ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessFailedError, SupervisedProcess
 from miles.launcher.restart_policy import RestartPolicy
 from miles.queue import RedisServer, RedisStartError
@@ -47,6 +47,11 @@ _REDIS_OUTLIVES_S = 20.0
 _RESTARTS_IN_A_DRILL = 30
 _PINNED_PORTS = ("weightsync_port", "reward_port")
 """Ports that others know by address, so that they must be the same after a restart."""
+_DISPENSABLE = {
+    "gateway": "without web page and REST API",
+    DRAFT_TRAINER: "with the draft that its engines have",
+}
+"""Services that a run goes on without when they keep ending, by name, and what it is then."""
 _GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `gateway`: a run without them has no REST API."""
 
@@ -57,10 +62,10 @@ class LocalCluster:
     Use as an async context manager; `failed` gets the error of a process that is not restarted any more.
     """
 
-    def __init__(self, config: JobConfig, *, every_reward: bool = False) -> None:
-        """With `every_reward` all built-in rewards are served, for later jobs, and not just the configured one."""
+    def __init__(self, config: JobConfig, *, any_job: bool = False) -> None:
+        """With `any_job` there is what later jobs may ask for: all built-in rewards, and a draft trainer."""
         self._config = config
-        self._every_reward = every_reward
+        self._any_job = any_job
         self.run_dir = pathlib.Path(config.services.run_dir)
         self.processes: dict[str, SupervisedProcess] = {}
         self.redis: RedisServer | None = None
@@ -91,7 +96,7 @@ class LocalCluster:
         keys = [*_PINNED_PORTS, *(["trainer_master_port"] if self._config.cluster.trainer_world_size > 1 else [])]
         pinned = {key: getattr(self._config.services, key) or free_port(host) for key in keys}
         config = self._config.replace(**pinned)
-        for plan in plan_workers(config, self.controller_address, every_reward=self._every_reward):
+        for plan in plan_workers(config, self.controller_address, any_job=self._any_job):
             self._launch(plan)
         self._tell_elsewhere(config)
         self._start_gateway()
@@ -195,8 +200,8 @@ class LocalCluster:
         try:
             await process.run()
         except ProcessFailedError as error:
-            if process.name == "gateway":
-                logger.warning("%s\nthe run continues without web page and REST API", error)
+            if process.name in _DISPENSABLE:
+                logger.warning("%s\nthe run continues %s", error, _DISPENSABLE[process.name])
             elif not self.failed.done():
                 self.failed.set_exception(error)
 

@@ -27,6 +27,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "controller": ("data", "rollout", "eval", "reward", "distillation", "checkpoint", "telemetry", "debug"),
     "weightsync": ("weights",),
     "reward": ("reward",),
+    "draft-trainer": ("drafts", "rollout", "weights"),
     "rollout": ("rollout", "reward", "distillation", "extensions", "lora", "weights", "precision", "drafts"),
     "gateway": ("gateway",),
     "trainer": (
@@ -52,7 +53,13 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
 }
 
 
-_TENSOR_KINDS = ("rollout", "trainer")
+DRAFT_TRAINER = "draft-trainer-0"
+"""Name of the draft trainer."""
+_TENSOR_KINDS = ("rollout", "trainer", "draft-trainer")
+_MODULES = {"draft-trainer": "trainer.drafts"}
+"""Of services whose kind is not their module."""
+_DRAFT_THREADS_SHARE = 4
+"""A draft trainer on the CPU gets one core of so many: the run does not wait for it."""
 
 _KEEP_MEMORY = {"arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40, "top_pad": 64 << 20, "hugetlb": 1}
 """Settings of glibc's malloc: one heap, which grows by 64 MiB, never returns memory, and asks for huge pages."""
@@ -65,7 +72,7 @@ class ProcessPlan:
     name: str
     """Unique within the run, the same over restarts; also the worker id."""
     kind: str
-    """redis, controller, weightsync, reward, rollout, trainer or gateway."""
+    """redis, controller, weightsync, reward, rollout, trainer, draft-trainer or gateway."""
     command: tuple[str, ...]
     environment: Mapping[str, str]
     """Variables to set in addition to the inherited ones."""
@@ -114,19 +121,20 @@ def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
 
 
 def plan_workers(
-    config: JobConfig, controller: str, *, every_reward: bool = False, placement: Placement | None = None
+    config: JobConfig, controller: str, *, any_job: bool = False, placement: Placement | None = None
 ) -> list[ProcessPlan]:
     """Plan every process of this machine that attaches to the controller; `elsewhere.py` plans those of others.
 
     Args:
         config: resolved for a device.
         controller: host:port of the controller.
-        every_reward: serve all built-in rewards, for later jobs.
+        any_job: be ready for later jobs, whatever they ask for: all built-in rewards, and drafts to train.
         placement: who gets which GPUs; None: as they are dealt on this machine.
     """
     weightsync = _weightsync_flags(config)
     plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
     if config.reward.scored_here and config.debug.has_engines:
+        every_reward = any_job and config.reward.custom_rm_path is None
         flags = [] if every_reward else _reward_flags(config)
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
     placement = placement or placement_of(config)
@@ -134,7 +142,11 @@ def plan_workers(
         extra = [*_rollout_device(config, i, placement), *engine_addresses(config, i)]
         plan = _worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra)
         plans.append(dataclasses.replace(plan, node=placement.rollouts[i].node if placement is not None else 0))
-    return [*plans, _trainer(config, controller)] if config.debug.has_trainer else plans
+    if config.debug.has_trainer:
+        plans.append(_trainer(config, controller))
+    if config.drafts.enable_draft_training or any_job:
+        plans.append(_draft_trainer(config, controller))
+    return plans
 
 
 def plan_run(config: JobConfig, placement: Placement | None = None) -> list[ProcessPlan]:
@@ -172,6 +184,13 @@ def _trainer(config: JobConfig, controller: str) -> ProcessPlan:
     return dataclasses.replace(
         plan, environment={**plan.environment, **config.train.train_env_vars, **tls_environment(config)}
     )
+
+
+def _draft_trainer(config: JobConfig, controller: str) -> ProcessPlan:
+    """Plan the draft trainer, which is on this machine wherever else the trainer is."""
+    device = config.drafts.draft_train_device
+    flags = ("--device", "cpu" if config.services.device == "cpu" else device)
+    return _worker(config, DRAFT_TRAINER, "draft-trainer", "", controller, extra=flags)
 
 
 def trainer_flags(config: JobConfig) -> list[str]:
@@ -245,7 +264,7 @@ def _listen(config: JobConfig, port_key: str, offset: int = 0) -> str:
 
 
 def _module(kind: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"miles.services.{kind}")
+    return (sys.executable, "-m", f"miles.services.{_MODULES.get(kind, kind)}")
 
 
 def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> ProcessPlan:
@@ -265,7 +284,7 @@ def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
 
     Processes of one kind compute at the same time, so they share the cores. Trainer and engines do not share with each
     other: they take turns or, in an asynchronous run, one waits for the other most of the time, and the slower one
-    should have every core. The reward service has a worker process per core.
+    should have every core. The reward service has a worker process per core. Nobody waits for the draft trainer.
     """
     if THREADS_VARIABLE in os.environ:
         return {}
@@ -273,6 +292,7 @@ def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
         "trainer": _local_ranks(config),
         "rollout": rollouts_here(config),
         "reward": usable_cores(),
+        "draft-trainer": _DRAFT_THREADS_SHARE,
     }
     return {THREADS_VARIABLE: str(share_of(usable_cores(), at_once[kind]))} if kind in at_once else {}
 

@@ -102,7 +102,7 @@ async def _serve(config: JobConfig, console: Console) -> ExitCode:
 
 
 async def _serve_until(stopping: asyncio.Event, interrupts: Interrupts, config: JobConfig, console: Console) -> None:
-    async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
+    async with LocalCluster(config, any_job=True) as cluster:
         mark_services(cluster.run_dir)
         where = f"web page and REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)

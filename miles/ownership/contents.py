@@ -14,7 +14,7 @@ _RUN_MARKS = ("run.lock", "log_spans.json", "timeline.jsonl")
 """Files of a run folder that nobody else has."""
 _RUN_FILES = (
     *("metrics.jsonl", "summary.json", "controller.address", "reward.png", *_RUN_MARKS),
-    *("checkpoints", "hf", "logs", "mlflow", "redis", "samples", "tensorboard", "wandb", "weightsync"),
+    *("checkpoints", "drafts", "hf", "logs", "mlflow", "redis", "samples", "tensorboard", "wandb", "weightsync"),
 )
 """What a run writes into its folder."""
 _PROJECT_MARKS = (".git", ".hg", ".svn", "pyproject.toml", "setup.py", "package.json", "Cargo.toml")

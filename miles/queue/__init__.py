@@ -1,4 +1,5 @@
-"""The sample queue on Redis: finished groups for the trainer, half-finished ones for the rollouts that resume them.
+"""The sample queue on Redis: finished groups for the trainer, half-finished ones for the rollouts that resume them,
+and earlier responses for engines to draft from.
 
 It knows nothing of training and decides nothing. Start at `groups` (`GroupQueue`).
 """
@@ -19,6 +20,7 @@ from miles.queue.keys import JobKeys
 from miles.queue.partial_store import PartialStore
 from miles.queue.payload import Outstanding
 from miles.queue.redis_lease import RedisLease
+from miles.queue.response_store import ResponseStore
 from miles.queue.server import RedisServer
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "RedisServer",
     "RedisStartError",
     "RedisUnsuitable",
+    "ResponseStore",
     "UnreadableGroups",
     "connect",
     "connect_async",

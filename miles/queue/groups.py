@@ -301,7 +301,7 @@ class GroupQueue:
         return [{name.decode(errors="replace"): value for name, value in fields.items()} for _, fields in entries]
 
     async def drop_job(self) -> None:
-        """Delete everything of the job, also partial trajectories and dead letters, and refuse new entries."""
+        """Delete everything of the job, also partial trajectories, dead letters and drafts, and refuse new entries."""
         keys = self._keys
         # First the fence, which outlives the job: a worker that resumes later must not queue anything.
         await self.fence("*", _NO_LEASE)
@@ -309,6 +309,8 @@ class GroupQueue:
         await self._redis.unlink(*(key for key in keys.lasting if key != keys.fences))
         await self._unlink_all(keys.blob_prefix)
         await self._unlink_all(keys.partial_prefix)
+        await self._redis.unlink(keys.response_ages, keys.response_sizes)
+        await self._unlink_all(keys.responses_prefix)
         self._consumer.forget_all()
 
     async def reopen(self, lease_number: int) -> None:

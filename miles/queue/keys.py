@@ -85,3 +85,22 @@ class JobKeys:
     def partial(self, group_id: int) -> str:
         """Hash that holds a half-finished group and the attempt that stored it."""
         return f"{self.partial_prefix}{group_id}"
+
+    @property
+    def responses_prefix(self) -> str:
+        """What the key of the responses to a prompt starts with; the hash of the prompt's tokens follows."""
+        return f"{self.prefix}responses:"
+
+    def responses(self, prompt: str) -> str:
+        """List of the newest responses to a prompt, the newest first."""
+        return f"{self.responses_prefix}{prompt}"
+
+    @property
+    def response_ages(self) -> str:
+        """Sorted set of the prompts that have responses, by the Unix time of the last one, in seconds."""
+        return f"{self.prefix}response_ages"
+
+    @property
+    def response_sizes(self) -> str:
+        """Hash from a prompt to the bytes of its responses; the total is under the empty name."""
+        return f"{self.prefix}response_sizes"

@@ -16,8 +16,9 @@ def rollout_metrics(
 
     Rewards with several numbers have the mean of each in `rollout/reward/NAME`. `rollout/zero_std/count` counts groups
     whose rewards are all equal (no learning signal), and `rollout/zero_std/count_R` those of them with reward R.
-    Samples without a reward count as failed only. With `with_pass_rates`, `passrate/pass@k` besides, over groups of
-    which every sample has a reward.
+    Samples without a reward count as failed only. With speculative decoding, `rollout/spec_accept_length` is the mean
+    number of tokens per verification, and `rollout/spec_accept_rate` the share of draft tokens that were accepted. With
+    `with_pass_rates`, `passrate/pass@k` besides, over groups of which every sample has a reward.
     """
     samples = [sample for group in groups for sample in group.samples]
     lengths = [sample.response_length for sample in samples]
@@ -42,6 +43,7 @@ def rollout_metrics(
     for name in sorted(parts[0]) if parts else ():
         if all(name in part for part in parts):
             metrics[f"rollout/reward/{name}"] = sum(part[name] for part in parts) / len(parts)
+    metrics |= _acceptance(samples)
     if with_pass_rates:
         metrics |= pass_rates(by_group, max(len(group.samples) for group in groups), "passrate/")
     return metrics
@@ -49,3 +51,16 @@ def rollout_metrics(
 
 def _share(samples: Sequence[Sample], status: SampleStatus) -> float:
     return sum(sample.status is status for sample in samples) / len(samples)
+
+
+def _acceptance(samples: Sequence[Sample]) -> dict[str, float]:
+    drafted = [sample.speculative for sample in samples if sample.speculative is not None]
+    verified = sum(stats.verify_count for stats in drafted)
+    proposed = sum(stats.proposed_draft_tokens for stats in drafted)
+    if not verified or not proposed:
+        return {}
+    accepted = sum(stats.accepted_draft_tokens for stats in drafted)
+    return {
+        "rollout/spec_accept_length": 1 + accepted / verified,
+        "rollout/spec_accept_rate": accepted / proposed,
+    }

@@ -10,14 +10,16 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.drafts.initial import ensure_initial
 from miles.extensions.arguments import args_of
 from miles.extensions.samples import renderer_of
-from miles.queue import GroupQueue, PartialStore, connect_async
+from miles.queue import GroupQueue, PartialStore, ResponseStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
 from miles.services.rollout.engines.sglang.requests.continuation import read_end_tokens
 from miles.services.rollout.functions.sampler import FunctionSampler, FunctionTools
 from miles.services.rollout.functions.setup import generate_by_function
+from miles.services.rollout.groups.earlier_responses import EarlierResponses, PromptDrafts
 from miles.services.rollout.groups.filters import load_filter
 from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import GroupLease
@@ -29,6 +31,7 @@ from miles.services.rollout.groups.scoring import JobRewards
 from miles.services.rollout.groups.waits import queue_waits, reward_waits, teacher_waits
 from miles.services.rollout.serving.readiness import Serving
 from miles.services.rollout.serving.subscriptions import subscribe_draft, subscribe_policy
+from miles.services.rollout.speculation_progress import speculation_progress
 from miles.services.rollout.stages import report_stage
 from miles.services.rollout.teachers.served import PROBE, ServedTeachers
 
@@ -75,6 +78,7 @@ class RolloutJob:
         self._teachers: ServedTeachers | None = None
         self._listeners: list[Callable[[], None]] = []
         self._function: FunctionTools | None = None
+        self._earlier: EarlierResponses | None = None
         self.engine: RolloutEngine
         self.serving: Serving
         self.groups: RunningGroups
@@ -148,6 +152,11 @@ class RolloutJob:
             serving = generate_by_function(self.config, tokenizer, lambda: self.serving.gate.version or 0)
             self._function = await self._closing.enter_async_context(serving)
         self._rewards = self._connect_rewards()
+        if per_prompt := self.config.drafts.draft_responses_per_prompt:
+            responses = ResponseStore(redis, self.job_id, per_prompt=per_prompt)
+            await responses.fit_server()
+            self._earlier = EarlierResponses(responses)
+            self._closing.push_async_callback(self._earlier.close)
         self._queue = GroupQueue(redis, self.job_id)
         tools = GroupTools(
             job_id=self.job_id,
@@ -162,6 +171,7 @@ class RolloutJob:
             partials=PartialStore(redis, self.job_id),
             teachers=teachers,
             group_filter=group_filter,
+            earlier=self._earlier,
         )
         self.groups = RunningGroups(tools, self._worker_id, self._notify)
         ticker = asyncio.create_task(self._tick(), name=f"ticks of job {self.job_id}")
@@ -178,6 +188,7 @@ class RolloutJob:
                 yield report
 
     def _create_engine(self) -> RolloutEngine:
+        ensure_initial(self.config)
         # In a thread: importing an engine imports torch, which takes seconds.
         from miles.services.rollout.engines.registry import configured_engine
 
@@ -188,7 +199,12 @@ class RolloutJob:
     def _create_sampler(self, lease: GroupLease) -> Sampler:
         record_experts = self.config.rollout.records_routing
         top_tokens = self.config.distillation.engine_top_k
-        requests = GroupRequests(self.engine, lease, record_experts=record_experts, top_tokens=top_tokens)
+        drafts = None
+        if self._earlier is not None:
+            drafts = PromptDrafts(self._earlier, lease.group.samples[0].prompt_tokens)
+        requests = GroupRequests(
+            self.engine, lease, record_experts=record_experts, top_tokens=top_tokens, drafts=drafts
+        )
         if self._function is not None:
             return FunctionSampler(self._function, requests, lease)
         return SingleTurnSampler(requests)
@@ -252,6 +268,7 @@ class RolloutJob:
                 *teacher_waits(() if self._teachers is None else self._teachers.servers.values()),
                 *queue_waits(self._queue.waiting),
             ],
+            speculation=None if stats.speculation is None else speculation_progress(stats.speculation, self._earlier),
         )
 
     async def close(self) -> None:

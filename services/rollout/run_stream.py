@@ -111,14 +111,18 @@ class RunStream:
         self._job.groups.start(lease, self._deliver, self.lease_number)
 
     def _deliver(self, lease: GroupLease, outcome: Outcome) -> None:
+        if self._job.engine.stats().speculation is not None:
+            self._send_progress()  # so that what a step's drafts were good for is known once the step has its groups
         response = outcome_to_proto(lease.group_id, lease.attempt, lease.purpose, outcome, self.lease_number)
         self._send(response)
 
     async def _report(self) -> None:
         while True:
-            response = rollout_pb2.RunResponse(lease_number=self.lease_number, progress=self._job.progress())
-            self._send(response)
+            self._send_progress()
             await asyncio.sleep(self._progress_interval_s)
+
+    def _send_progress(self) -> None:
+        self._send(rollout_pb2.RunResponse(lease_number=self.lease_number, progress=self._job.progress()))
 
     def _send_readiness(self) -> None:
         serving = self._job.serving

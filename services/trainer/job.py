@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.config import JobConfig
+from miles.drafts import recordings
 from miles.queue import GroupQueue, connect_async
 from miles.rpc import connect_blocking
 from miles.rpc.gen import trainer_pb2, weightsource_pb2, weightsync_pb2_grpc
@@ -108,7 +109,7 @@ class Job:
         of the ranks' hosts does not have.
         """
         folder = checkpoint_dir(config, run_dir)
-        await check_shared_folders(leader, config, folder)
+        await check_shared_folders(leader, config, folder, recordings.root_of(config, run_dir))
         arguments = {"config": config.to_flat(), "checkpoint_dir": str(folder)}
         state: TrainerState = await leader.run(Command("start", arguments))
         client = await connect_async(redis_url)

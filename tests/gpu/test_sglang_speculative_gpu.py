@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 import torch
 from safetensors.torch import load_file
+from sglang_gpu_kit import SIZES, TOLERANCE, Policy, rounded, together
 from sglang_kit import GPU_FLAGS, Response, options, published_weights, respond, running
-from test_sglang_gpu import SIZES, TOLERANCE, Policy, rounded, together
 from torch_engine_models import prompt_of, save_checkpoint
 
 from miles.drafts.new_head import write_new_head

@@ -197,5 +197,5 @@ async def stack(model: pathlib.Path, folder: pathlib.Path) -> AsyncIterator[Stac
     """All services with two rollouts, for a model that lies in a folder."""
     settings = {"run_dir": str(folder / "serve"), "device": "cpu", "gateway": False, "rollout_num_workers": 2}
     # `chaos`: services may end often and are still restarted; the drills are the tests' own.
-    async with LocalCluster(service_config({**settings, "chaos": 0}), every_reward=True) as cluster:
+    async with LocalCluster(service_config({**settings, "chaos": 0}), any_job=True) as cluster:
         yield Stack(cluster, model, folder)

@@ -8,6 +8,7 @@ const GRID_ALPHA = 0.55;
 const SMOOTHING = 0.85;
 const RANGE_PADDING = 0.1;
 const NOTHING = 1e-24;
+const MOST_ENGINES = 4;
 
 /** Which metrics a chart shows; one whose metrics are not there says how to get them. */
 export const CHARTS = [
@@ -18,13 +19,14 @@ export const CHARTS = [
   { id: "staleness", title: "Staleness", series: [["rollout/fully_async/avg_staleness", "mean"], ["rollout/fully_async/max_staleness", "oldest"]], unit: "versions" },
   { id: "speed", title: "Tokens per second", series: [["tokens_per_s", "trained on"]] },
   { id: "time", title: "Time of a step", shares: [["perf/rollout_time", "waiting for samples"], ["perf/actor_train_time", "training"], ["perf/update_weights_time", "weights"]], total: "perf/step_time" },
+  { id: "acceptance", title: "Tokens per verification", engines: "speculative/accept_length", unit: "tokens", hint: "Engines measure it that draft (sglang_speculative_algorithm)." },
   { id: "length", title: "Response length", series: [["rollout/response_len/mean", "mean"], ["rollout/response_len/max", "longest"]], unit: "tokens" },
   { id: "loss", title: "Loss", series: [["train/loss", "all"], ["train/pg_loss", "policy"]] },
   { id: "gradient", title: "Gradient norm", series: [["train/grad_norm", "before clipping"]] },
 ];
 
 /** The metrics that charts are made of, as the gateway is asked for them. */
-export const NAMES = [...new Set([...CHARTS.flatMap((chart) => [...(chart.series ?? []), ...(chart.shares ?? [])].map(([name]) => name)), "perf/step_time", "perf/tokens_per_gpu_per_sec", "eval/*"])].filter((name) => name.includes("/"));
+export const NAMES = [...new Set([...CHARTS.flatMap((chart) => [...(chart.series ?? []), ...(chart.shares ?? [])].map(([name]) => name)), ...CHARTS.flatMap((chart) => (chart.engines ? [`${chart.engines}*`] : [])), "perf/step_time", "perf/tokens_per_gpu_per_sec", "eval/*"])].filter((name) => name.includes("/"));
 
 /** Values by name and step of one job. */
 export class Curves {
@@ -73,6 +75,26 @@ export class Curves {
   evaluations() {
     return [...this.values.keys()].filter((name) => /^eval\/[^/]+$/.test(name)).sort();
   }
+
+  /** A metric over all engines, and of each or, of too many, the least and the most, as [name, label]. */
+  engines(metric) {
+    const of = [...this.values.keys()].filter((name) => name.startsWith(`${metric}/`)).sort();
+    if (of.length < 2) return of.map((name) => [name, name.slice(metric.length + 1)]);
+    const all = this.has(metric) ? [[metric, "all engines"]] : [];
+    if (of.length <= MOST_ENGINES) return [...all, ...of.map((name) => [name, name.slice(metric.length + 1)])];
+    const least = new Map();
+    const most = new Map();
+    for (const name of of) {
+      for (const [step, value] of this.values.get(name)) {
+        if (value === null) continue;
+        least.set(step, Math.min(value, least.get(step) ?? value));
+        most.set(step, Math.max(value, most.get(step) ?? value));
+      }
+    }
+    this.values.set(`least of ${metric}`, least);
+    this.values.set(`most of ${metric}`, most);
+    return [...all, [`least of ${metric}`, "least"], [`most of ${metric}`, "most"]];
+  }
 }
 
 /** A colour that the style sheet names, as the canvas wants it. */
@@ -113,8 +135,9 @@ export class Chart {
 
   /** The lines there are, as [name, label, colour's name]. */
   lines() {
-    const { series, shares, evaluations } = this.definition;
-    const found = (shares ?? series).filter(([name]) => this.curves.has(name)).map(([name, label], i) => [name, label, `s${i + 1}`]);
+    const { series, shares, evaluations, engines } = this.definition;
+    const there = engines ? this.curves.engines(engines) : (shares ?? series).filter(([name]) => this.curves.has(name));
+    const found = there.map(([name, label], i) => [name, label, `s${i + 1}`]);
     if (evaluations) this.curves.evaluations().forEach((name, i) => found.push([name, name.replace("eval/", "evaluation "), `s${2 + (i % 4)}`]));
     return found;
   }

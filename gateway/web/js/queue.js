@@ -2,10 +2,11 @@
 
 import { job as path, post } from "./api.js";
 import { h, reconcile, setText, toast } from "./dom.js";
-import { duration, plural, since } from "./format.js";
+import { duration, number, percent, plural, since } from "./format.js";
 import { empty, tableBox } from "./parts.js";
 
 const MOST_CELLS = 256;
+const MOST_VERSIONS = 8;
 
 export function queueTab(panel, data) {
   const summary = h("p", { class: "dim" });
@@ -17,12 +18,18 @@ export function queueTab(panel, data) {
   const versions = h("tbody");
   const versionsTable = tableBox("Versions held by engines", ["Worker", "Weights", "State", "#Version", "#Behind", "Last failure"], versions);
   const noEngines = empty("No engine holds weights", "Versions show here while the job runs.");
+  const drafts = h("tbody");
+  const draftsTable = tableBox("Drafts of engines", ["Engine", "#Draft", "#Steps", "#Tokens per verification", "#Accepted", "#Speed-up", "Why not more"], drafts);
+  const accepted = h("tbody");
+  const speculation = h("section", { class: "card", "aria-label": "Speculative decoding", hidden: true }, h("header", {}, h("h2", {}, "Speculative decoding")),
+    draftsTable, tableBox("Accepted drafts by version", ["Policy", "#Draft", "#Tokens per verification", "#Accepted", "#Verifications"], accepted));
   const published = h("span", { class: "dim small num" });
   const compare = h("button", { class: "quiet", onclick: check }, "Compare with the trainer's");
   panel.append(h("div", { class: "stack" },
     h("section", { class: "card", "aria-label": "Queue" }, h("header", {}, h("h2", {}, "Queue"), summary),
       h("div", { class: "pad stack" }, holds, cells, legend())),
     h("section", { class: "card", "aria-label": "Versions" }, h("header", {}, h("h2", {}, "Versions held by engines"), published, h("span", { class: "grow" }), compare), versionsTable, noEngines),
+    speculation,
     h("section", { class: "card", "aria-label": "Being generated" }, h("header", {}, h("h2", {}, "Being generated")), runningTable, idle)));
 
   function update() {
@@ -42,6 +49,22 @@ export function queueTab(panel, data) {
       setText(row.children[4], group.since ? duration(since(group.since)) : "–");
     });
     updateVersions(run);
+    updateDrafts(run.speculation);
+  }
+
+  function updateDrafts(engines) {
+    const byVersion = (data.job?.summary.acceptance ?? []).slice(-MOST_VERSIONS).reverse();
+    speculation.hidden = !engines.length && !byVersion.length;
+    draftsTable.hidden = !engines.length;
+    reconcile(drafts, engines, (engine) => engine.engine, () => draftRow(7), (row, engine) => {
+      const newest = engine.acceptance.at(-1);
+      const texts = [engine.engine, engine.draft_version ?? "–", engine.num_steps || "off", ...acceptedTexts(newest), engine.speedup ? `${number(engine.speedup)} ×` : "–", engine.reason ?? ""];
+      texts.forEach((text, i) => setText(row.children[i], text));
+    });
+    reconcile(accepted, byVersion, (each) => `${each.policy_version} ${each.draft_version}`, () => draftRow(5), (row, each) => {
+      const texts = [each.policy_version, each.draft_version ?? "–", ...acceptedTexts(each), each.verifications.toLocaleString("en")];
+      texts.forEach((text, i) => setText(row.children[i], text));
+    });
   }
 
   /** Have engines compare the bytes they serve with what the trainer sent. */
@@ -86,6 +109,15 @@ export function newestVersion(run, held) {
 /** How many versions an engine is behind; before the first version is served, engines hold another job's, if any. */
 export function versionsBehind(run, newest, held) {
   return held.version === null || held.stream !== "policy" || run.active_version === null ? "–" : newest - held.version;
+}
+
+function acceptedTexts(acceptance) {
+  const known = (value, text) => (value === null || value === undefined ? "–" : text(value));
+  return [known(acceptance?.accept_length, (value) => value.toFixed(2)), known(acceptance?.accept_rate, percent)];
+}
+
+function draftRow(columns) {
+  return h("tr", {}, h("th", { scope: "row" }), ...Array.from({ length: columns - 1 }, (_, i) => h("td", { class: columns === 7 && i === 5 ? "dim" : "num" })));
 }
 
 function summaryText(run, running) {

@@ -1,4 +1,4 @@
-"""`miles show JOB`: prints a job's state, results and settings."""
+"""`miles show JOB`: prints a job's state, results, drafts and settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from miles.client.commands.acceptance import acceptance_table, engines_table
 from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text, wait_text
 from miles.config.given import given_settings
 from miles.launcher.console import plain
@@ -44,9 +45,16 @@ def _show(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
         table.add_row("" if number else "waits for", plain(wait_text(wait, now)))
     if job["error"]:
         table.add_row("error", f"[red]{plain(job['error'])}[/]")
+    acceptance = job["summary"].pop("acceptance", [])
     for name, value in _flattened(job["summary"]):
         table.add_row(name, plain(value))
     output.console.print(table)
+    if acceptance:
+        output.console.print("\nspeculative decoding:", style="bold")
+        engines = client.status(flags.job)["speculation"]
+        if engines:
+            output.console.print(engines_table(engines))
+        output.console.print(acceptance_table(acceptance))
     output.console.print("\nsettings that differ from their defaults:", style="bold")
     settings = Table(show_header=False, box=None)
     for key, value in sorted(given_settings(job["config"]).items()):

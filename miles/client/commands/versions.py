@@ -1,4 +1,4 @@
-"""`miles versions JOB`: lists versions of the weights and what each engine holds, or checks the engines."""
+"""`miles versions JOB`: lists versions of the weights, what each engine holds and accepts, or checks the engines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from miles.client.commands.acceptance import acceptance_table
 from miles.client.commands.common import Output, moment, parser, run, size_text, state_text
 from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> int:
     """List versions and engines, or check engines; return the exit code."""
     made = parser(
-        "versions", "List versions of a job's weights with size and seconds per stage, and what each engine holds."
+        "versions",
+        "List versions of a job's weights with size and seconds per stage, what each engine holds, and how many drafts "
+        "of speculative decoding were accepted by each version.",
     )
     made.add_argument("job", help="id of the job")
     made.add_argument(
@@ -43,6 +46,8 @@ def _run(client: MilesClient, flags: argparse.Namespace, output: Output) -> int:
     else:
         output.console.print(_versions(answer))
     output.console.print(_engines(answer))
+    if answer.get("acceptance"):
+        output.console.print(acceptance_table(answer["acceptance"]))
     return code
 
 

@@ -16,6 +16,7 @@ from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
 from miles.config.checks.dotted_path import why_not_importable
+from miles.config.checks.drafts import draft_device_faults, draft_model_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model import MODEL_CHECKS
@@ -313,6 +314,7 @@ _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, gpu_fault
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,
+    draft_model_faults,
     *MODEL_CHECKS,
     variable_faults,
     _server_groups,
@@ -322,4 +324,4 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     tracker_faults,
     _functions,
 )
-_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)
+_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS, draft_device_faults)

@@ -19,7 +19,7 @@ _INPUT_FILES = (
     *("chat_template_path", "rollout_engine_python", "gateway_keys_file"),
     *("tls_cert", "tls_key", "tls_ca"),
 )
-_OWN_FOLDERS = ("checkpoints", "logs", "mlflow", "redis", "samples", "tensorboard", "wandb", "weightsync")
+_OWN_FOLDERS = ("checkpoints", "drafts", "logs", "mlflow", "redis", "samples", "tensorboard", "wandb", "weightsync")
 """What a run keeps in its run folder, and an export would replace."""
 
 

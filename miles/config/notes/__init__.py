@@ -7,6 +7,7 @@ from miles.config.notes import architecture as architecture
 from miles.config.notes import checkpoints as checkpoints
 from miles.config.notes import debug as debug
 from miles.config.notes import distillation as distillation
+from miles.config.notes import drafts as drafts
 from miles.config.notes import effects as effects
 from miles.config.notes import evaluation as evaluation
 from miles.config.notes import extensions as extensions

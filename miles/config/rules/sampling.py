@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from miles.config.rules.registry import rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.speculation import DraftKind, speculation_of
 
 _LOWEST_TEMPERATURE = 1e-3
 """Logits divided by less lose what float32 can tell apart; below 1e-6 SGLang is greedy."""
@@ -59,3 +60,12 @@ def speculative_decoding_keeps_the_distribution(s: FlatSettings) -> Iterator[Fau
         if s.num_rollout != 0 and str(value) not in ("1", "1.0"):
             problem = "below 1 drafts are accepted that the policy would not sample as often as its scores say"
             yield Fault(f"sglang_{flag}", value, problem, "leave it out")
+
+
+@rule
+def earlier_responses_are_drafts_without_a_model(s: FlatSettings) -> Iterator[Fault]:
+    value = s.draft_responses_per_prompt
+    if value and speculation_of(s.sglang_args).kind is not DraftKind.NGRAM:
+        problem = "no engine drafts from earlier responses"
+        remedy = "set sglang_speculative_algorithm to NGRAM, or leave it out"
+        yield Fault("draft_responses_per_prompt", value, problem, remedy)

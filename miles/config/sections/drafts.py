@@ -43,16 +43,18 @@ class DraftsConfig(Section):
     draft_recordings_kept: Positive = 2
     """Number of newest training steps whose recordings are kept for the draft trainer; older ones are dropped."""
 
-    draft_recordings_dir: str | None = None
+    draft_recordings_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the recordings, which the ranks of the trainer and the draft trainer share; by default one in the run's
     folder."""
 
     draft_train_device: Annotated[str, Metavar("DEVICE")] = "auto"
     """Device of the draft trainer: cpu, cuda, cuda:N, or auto, which is the last GPU of this machine, or its CPU."""
 
-    draft_responses_per_prompt: NonNegative = 0
+    draft_responses_per_prompt: Annotated[NonNegative, Derived("sglang_speculative_algorithm; 4 for NGRAM, else 0")] = (
+        derived()
+    )
     """Number of newest responses to each prompt, of all engines and epochs, that are kept in Redis as drafts for the
-    next ones (sglang_speculative_algorithm NGRAM); 0 is none."""
+    next ones; 0 is none."""
 
     draft_acceptance_alarm: PositiveFloat = 1.05
     """Mean tokens per verification of a training step's responses at or below which an alarm says that the draft is

@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from miles.rpc.gen import job_pb2 as _job_pb2
 from miles.rpc.gen import policy_pb2 as _policy_pb2
+from miles.rpc.gen import rollout_pb2 as _rollout_pb2
 from miles.rpc.gen import weightsync_pb2 as _weightsync_pb2
 import builtins as _builtins
 import sys
@@ -892,6 +893,7 @@ class DescribeRunResponse(_message.Message):
     SAVED_STEP_FIELD_NUMBER: _builtins.int
     SAVE_LIMIT_S_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """What the run does, e.g. "collecting", "training", "queued", "ended"."""
     waiting_for: _builtins.str
@@ -938,6 +940,10 @@ class DescribeRunResponse(_message.Message):
     def waits(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Wait]:
         """Everything that the job waits for, the most telling first."""
 
+    @_builtins.property
+    def speculation(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineSpeculation]:
+        """Speculative decoding of each engine, by its id; engines that were lost have their counts alone."""
+
     def __init__(
         self,
         *,
@@ -959,10 +965,11 @@ class DescribeRunResponse(_message.Message):
         saved_step: _builtins.int | None = ...,
         save_limit_s: _builtins.float = ...,
         waits: _abc.Iterable[_job_pb2.Wait] | None = ...,
+        speculation: _abc.Iterable[Global___EngineSpeculation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "saved_step", b"saved_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "waits", b"waits", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "speculation", b"speculation", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "waits", b"waits", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active_version: _TypeAlias = _typing.Literal["active_version"]  # noqa: Y015
     _WhichOneofArgType__active_version: _TypeAlias = _typing.Literal["_active_version", b"_active_version"]  # noqa: Y015
@@ -974,6 +981,34 @@ class DescribeRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__saved_step) -> _WhichOneofReturnType__saved_step | None: ...
 
 Global___DescribeRunResponse: _TypeAlias = DescribeRunResponse  # noqa: Y015
+
+@_typing.final
+class EngineSpeculation(_message.Message):
+    """Speculative decoding of an engine in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The rollout worker of the engine."""
+    @_builtins.property
+    def progress(self) -> _rollout_pb2.SpeculationProgress:
+        """As the engine reported it last, with counts since the run began instead of since the engine started."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        progress: _rollout_pb2.SpeculationProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineSpeculation: _TypeAlias = EngineSpeculation  # noqa: Y015
 
 @_typing.final
 class RunningGroup(_message.Message):

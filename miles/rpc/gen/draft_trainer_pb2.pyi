@@ -30,6 +30,7 @@ class DraftTrainerStartJobRequest(_message.Message):
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
     WEIGHTSYNC_ADDRESS_FIELD_NUMBER: _builtins.int
     RUN_DIR_FIELD_NUMBER: _builtins.int
+    POLICY_STEP_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     config_json: _builtins.str
@@ -38,6 +39,10 @@ class DraftTrainerStartJobRequest(_message.Message):
     """host:port of the weight-sync service."""
     run_dir: _builtins.str
     """Folder of the job's run."""
+    policy_step: _builtins.int
+    """Training steps that the policy has taken, a count. Recordings from this step on will be made again, and are trained on
+    again.
+    """
     def __init__(
         self,
         *,
@@ -45,10 +50,11 @@ class DraftTrainerStartJobRequest(_message.Message):
         config_json: _builtins.str = ...,
         weightsync_address: _builtins.str = ...,
         run_dir: _builtins.str = ...,
+        policy_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "job_id", b"job_id", "run_dir", b"run_dir", "weightsync_address", b"weightsync_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "job_id", b"job_id", "policy_step", b"policy_step", "run_dir", b"run_dir", "weightsync_address", b"weightsync_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,8 +179,9 @@ class WatchDraftsResponse(_message.Message):
     MISSED_RECORDINGS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     RECORDED_STEP_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
-    """What it does: "waiting for recordings", "training", "publishing", "held"."""
+    """What it does: "waiting for recordings", "training on step 12", "publishing version 3", "held"."""
     version: _builtins.int
     """Newest version that was published and is PREPARED; absent before the first."""
     recordings: _builtins.int
@@ -187,6 +194,10 @@ class WatchDraftsResponse(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Value by metric name, e.g. "draft/loss", of the newest version."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know, e.g. why a recording was missed; each is sent once per call."""
+
     def __init__(
         self,
         *,
@@ -196,10 +207,11 @@ class WatchDraftsResponse(_message.Message):
         missed_recordings: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         recorded_step: _builtins.int | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_recorded_step", b"_recorded_step", "_version", b"_version", "recorded_step", b"recorded_step", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recorded_step", b"_recorded_step", "_version", b"_version", "activity", b"activity", "metrics", b"metrics", "missed_recordings", b"missed_recordings", "recorded_step", b"recorded_step", "recordings", b"recordings", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recorded_step", b"_recorded_step", "_version", b"_version", "activity", b"activity", "metrics", b"metrics", "missed_recordings", b"missed_recordings", "recorded_step", b"recorded_step", "recordings", b"recordings", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__recorded_step: _TypeAlias = _typing.Literal["recorded_step"]  # noqa: Y015
     _WhichOneofArgType__recorded_step: _TypeAlias = _typing.Literal["_recorded_step", b"_recorded_step"]  # noqa: Y015
@@ -248,12 +260,17 @@ class HoldDraftsResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    RELEASED_BYTES_FIELD_NUMBER: _builtins.int
+    released_bytes: _builtins.int
+    """Memory of the device that was freed, in bytes."""
     def __init__(
         self,
+        *,
+        released_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["released_bytes", b"released_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,7 +60,8 @@ class DraftTrainerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def StartJob(self, request, context):
-        """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Idempotent per job.
+        """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Of a job that is loaded
+        already, the newest version is published again: whoever asks may have lost it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

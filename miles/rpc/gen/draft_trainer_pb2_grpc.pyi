@@ -34,7 +34,9 @@ class DraftTrainerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DraftTrainerServiceAsyncStub: ...
     StartJob: _grpc.UnaryStreamMultiCallable[_draft_trainer_pb2.DraftTrainerStartJobRequest, _draft_trainer_pb2.DraftTrainerStartJobResponse]
-    """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Idempotent per job."""
+    """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Of a job that is loaded
+    already, the newest version is published again: whoever asks may have lost it.
+    """
     StopJob: _grpc.UnaryUnaryMultiCallable[_draft_trainer_pb2.DraftTrainerStopJobRequest, _draft_trainer_pb2.DraftTrainerStopJobResponse]
     """Saves and frees everything held for a job."""
     Watch: _grpc.UnaryStreamMultiCallable[_draft_trainer_pb2.WatchDraftsRequest, _draft_trainer_pb2.WatchDraftsResponse]
@@ -46,7 +48,9 @@ class DraftTrainerServiceStub:
 class DraftTrainerServiceAsyncStub(DraftTrainerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartJob: _aio.UnaryStreamMultiCallable[_draft_trainer_pb2.DraftTrainerStartJobRequest, _draft_trainer_pb2.DraftTrainerStartJobResponse]  # type: ignore[assignment]
-    """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Idempotent per job."""
+    """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Of a job that is loaded
+    already, the newest version is published again: whoever asks may have lost it.
+    """
     StopJob: _aio.UnaryUnaryMultiCallable[_draft_trainer_pb2.DraftTrainerStopJobRequest, _draft_trainer_pb2.DraftTrainerStopJobResponse]  # type: ignore[assignment]
     """Saves and frees everything held for a job."""
     Watch: _aio.UnaryStreamMultiCallable[_draft_trainer_pb2.WatchDraftsRequest, _draft_trainer_pb2.WatchDraftsResponse]  # type: ignore[assignment]
@@ -61,7 +65,9 @@ class DraftTrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _draft_trainer_pb2.DraftTrainerStartJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_draft_trainer_pb2.DraftTrainerStartJobResponse], _abc.AsyncIterator[_draft_trainer_pb2.DraftTrainerStartJobResponse]]:
-        """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Idempotent per job."""
+        """Loads a job's draft model from its newest checkpoint, or from its folder, and begins to train. Of a job that is loaded
+        already, the newest version is published again: whoever asks may have lost it.
+        """
 
     @_abc_1.abstractmethod
     def StopJob(

@@ -686,6 +686,8 @@ class SpeculationProgress(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     SPEEDUP_FIELD_NUMBER: _builtins.int
+    PROMPTS_WITH_RESPONSES_FIELD_NUMBER: _builtins.int
+    PROMPTS_WITHOUT_RESPONSES_FIELD_NUMBER: _builtins.int
     draft_version: _builtins.int
     """Version of the draft model served now; absent for drafts without weights of their own, and before the first version."""
     num_steps: _builtins.int
@@ -694,6 +696,10 @@ class SpeculationProgress(_message.Message):
     """Why drafts are turned off or cut short, in words; empty when they are not."""
     speedup: _builtins.float
     """Tokens per second of decoding with drafts over those without, as measured at the present batch size; 0 when not known."""
+    prompts_with_responses: _builtins.int
+    """Prompts for which there were earlier responses to draft from, a count since the job was started on the worker."""
+    prompts_without_responses: _builtins.int
+    """Prompts for which there were none, a count likewise; both are 0 unless earlier responses are kept."""
     @_builtins.property
     def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpeculationCounts]:
         """Since the engine started, by pair of versions; of the newest pairs alone, oldest first."""
@@ -706,10 +712,12 @@ class SpeculationProgress(_message.Message):
         reason: _builtins.str = ...,
         counts: _abc.Iterable[Global___SpeculationCounts] | None = ...,
         speedup: _builtins.float = ...,
+        prompts_with_responses: _builtins.int = ...,
+        prompts_without_responses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "draft_version", b"draft_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "counts", b"counts", "draft_version", b"draft_version", "num_steps", b"num_steps", "reason", b"reason", "speedup", b"speedup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version", "counts", b"counts", "draft_version", b"draft_version", "num_steps", b"num_steps", "prompts_with_responses", b"prompts_with_responses", "prompts_without_responses", b"prompts_without_responses", "reason", b"reason", "speedup", b"speedup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__draft_version: _TypeAlias = _typing.Literal["draft_version"]  # noqa: Y015
     _WhichOneofArgType__draft_version: _TypeAlias = _typing.Literal["_draft_version", b"_draft_version"]  # noqa: Y015

@@ -16,6 +16,10 @@ ACTIVATE_S = 120.0
 CHECKPOINT_S = 1800.0
 STOP_JOB_S = 30.0
 RELEASE_MEMORY_S = 120.0
+HOLD_DRAFTS_S = 60.0
+"""How long the draft trainer may take to end an optimizer step and to leave its GPU; then the run goes on beside it."""
+WATCH_DRAFTS_SILENCE_S = 60.0
+"""The draft trainer reports about once a second."""
 LIST_VERSIONS_S = 5.0
 CHECK_ENGINES_S = 50.0
 """How long engines may take to hash what they serve."""

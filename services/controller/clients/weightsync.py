@@ -23,6 +23,8 @@ from miles.services.controller.workers.registry import AttachedWorker
 
 logger = logging.getLogger(__name__)
 
+_NAMES = {policy_pb2.WEIGHT_STREAM_POLICY: "", policy_pb2.WEIGHT_STREAM_DRAFT: "draft "}
+
 
 class WeightSyncClient:
     """Calls to one weight-sync service.
@@ -54,20 +56,21 @@ class WeightSyncClient:
         wait_for: Sequence[str],
         check_equal: bool,
         on_engine: Callable[[weightsync_pb2.EngineStatus], Awaitable[None]],
+        stream_kind: policy_pb2.WeightStream.ValueType = policy_pb2.WEIGHT_STREAM_POLICY,
     ) -> None:
         """Activate a prepared version on every engine and wait for those named; `on_engine` gets their stages.
 
         Raises WorkerLostError when too few did, and WeightsRefusedError when none ever will.
         """
         request = weightsync_pb2.ActivateRequest(
-            version=policy_pb2.WeightVersion(job_id=job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version),
+            version=policy_pb2.WeightVersion(job_id=job_id, stream=stream_kind, version=version),
             operation_id=uuid.uuid4().hex,
             deadline_ms=int(deadlines.ACTIVATE_S * 1000),
             min_engines=min_engines,
             wait_for=wait_for,
             check_equal=check_equal,
         )
-        what = f"activation of version {version}"
+        what = f"activation of {_NAMES[stream_kind]}version {version}"
         with self._stub() as stub:
             try:
                 async for message in stream(stub.Activate(request), what, deadlines.ACTIVATE_S + 10):

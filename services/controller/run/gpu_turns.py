@@ -20,6 +20,7 @@ from miles.services.controller.workers.registry import AttachedWorker
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.services.controller.run.dispatcher import Dispatcher
+    from miles.services.controller.run.drafts import RunDrafts
     from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 
 TURN = "it is the trainer's turn on the GPUs"
@@ -42,6 +43,7 @@ class GpuTurns:
         dispatcher: Dispatcher,
         evaluations: EvaluationSchedule,
         status: RunStatus,
+        drafts: RunDrafts,
     ) -> None:
         self.exclusive = False
         """Whether whatever the trainer does has to be in its turn; `meet` finds out."""
@@ -53,6 +55,7 @@ class GpuTurns:
         self._dispatcher = dispatcher
         self._evaluations = evaluations
         self._status = status
+        self._drafts = drafts
         self._holder = _Holder.NOBODY
         self._metrics: dict[str, float] = {}
 
@@ -89,6 +92,8 @@ class GpuTurns:
             await self._evaluations.wait_until_done(check)
         if self.taken:
             await self._until_idle(check)
+            with self._status.waiting_for("the draft trainer to leave the GPUs"):
+                await self._drafts.leave_gpus(check)
         if self._engines_leave:
             await self._release_engines()
         self._holder = _Holder.TRAINER
@@ -106,6 +111,7 @@ class GpuTurns:
             self._rollouts.may_load.set()
         if self.taken:
             self._dispatcher.release_hold(TURN)
+            await self._drafts.return_to_gpus()
         self._holder = _Holder.ENGINES
 
     async def _until_idle(self, check: Callable[[], None]) -> None:

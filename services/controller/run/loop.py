@@ -42,6 +42,7 @@ class RunLoop:
         """Take every step; raises what the user asked for, or what went wrong."""
         run = self._run
         admission = await load(run, self._trainer, self._check)
+        await run.drafts.begin(run.step)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, f"at step {run.step}")
         await self._after_step()
         if run.publisher.publishes:
@@ -95,6 +96,8 @@ class RunLoop:
             metrics = {
                 **step_metrics(done.metrics, batch, len(admission.ready), times, ranks, self._config.debug.has_trainer),
                 **run.turns.take_metrics(),
+                **run.drafts.take_metrics(),
+                **self._finish_step_of_drafts(step),
             }
             if run.publisher.publishes:
                 metrics["perf/update_weights_gb"] = run.publisher.newest_bytes / 1e9
@@ -102,6 +105,18 @@ class RunLoop:
             await run.traces.note(step, phases)
         with span("after step"):
             await self._after_step(save=not run.turns.exclusive)
+
+    def _finish_step_of_drafts(self, step: int) -> dict[str, float]:
+        """Tell people what a step's drafts were good for; return it as metrics."""
+        run = self._run
+        news = run.acceptance.finish_step(step)
+        for warning in news.warnings:
+            run.alerts.report(warning)
+        for event in news.events:
+            run.report.info_later(event)
+        if by_versions := run.acceptance.by_versions():
+            run.history.summary["acceptance"] = by_versions
+        return news.metrics
 
     async def _next_batch(self, admission: Admission) -> Batch:
         run = self._run

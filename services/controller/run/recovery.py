@@ -34,6 +34,7 @@ async def run_to_end(setup: RunSetup) -> None:
         await _run_with_recoveries(run)
     finally:
         await run.publisher.cancel()
+        await run.drafts.close()
         await run.evaluations.cancel()
         run.dispatcher.stop_admitting()
         await cancel(dispatching)

@@ -8,7 +8,15 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from miles.rpc import connect, connected
-from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+from miles.rpc.gen import (
+    controller_pb2,
+    draft_trainer_pb2,
+    draft_trainer_pb2_grpc,
+    rollout_pb2,
+    rollout_pb2_grpc,
+    trainer_pb2,
+    trainer_pb2_grpc,
+)
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError, call
 from miles.services.controller.clients.weightsync import WeightSyncClient
@@ -24,6 +32,7 @@ async def release_workers(job_id: str, registry: WorkerRegistry) -> None:
         [
             *(_stop_rollout(worker, job_id) for worker in registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)),
             *(_stop_trainer(worker, job_id) for worker in registry.alive(controller_pb2.WORKER_KIND_TRAINER)),
+            *(_stop_drafts(worker, job_id) for worker in registry.alive(controller_pb2.WORKER_KIND_DRAFT_TRAINER)),
         ]
     )
     # Only then: until they have released the job, they may still read its weights.
@@ -42,6 +51,13 @@ async def _stop_trainer(worker: AttachedWorker, job_id: str) -> None:
     async with connect(worker.registration.address) as channel:
         stub = trainer_pb2_grpc.TrainerServiceStub(channel)
         await call(stub.StopJob(trainer_pb2.TrainerStopJobRequest(job_id=job_id)), "trainer stop", deadlines.STOP_JOB_S)
+
+
+async def _stop_drafts(worker: AttachedWorker, job_id: str) -> None:
+    async with connect(worker.registration.address) as channel:
+        stub = draft_trainer_pb2_grpc.DraftTrainerServiceStub(channel)
+        request = draft_trainer_pb2.DraftTrainerStopJobRequest(job_id=job_id)
+        await call(stub.StopJob(request), "draft trainer stop", deadlines.STOP_JOB_S)
 
 
 async def _release_weights(worker: AttachedWorker, job_id: str) -> None:

@@ -27,6 +27,11 @@ class RunReport:
         logger.info("%s", text)
         await self._history.log(job_pb2.LOG_LEVEL_INFO, "controller", text)
 
+    def info_later(self, text: str) -> None:
+        """Write a line that is worth knowing while the caller goes on."""
+        logger.info("%s", text)
+        self._history.log_later(job_pb2.LOG_LEVEL_INFO, "controller", text)
+
     async def warn(self, text: str) -> None:
         """Write a line that a person should see."""
         logger.warning("%s", text)

@@ -18,6 +18,7 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.refusals import Refusals
 from miles.services.controller.run.set_fences import fence_earlier_leases, fence_lost_worker
+from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.report_intervals import report_interval_s
 from miles.services.controller.workers.reward_addresses import RewardAddresses
@@ -40,6 +41,7 @@ class RolloutWorkers:
         alerts: RunAlerts,
         weightsync_address: str,
         reward_addresses: RewardAddresses,
+        acceptance: RunAcceptance,
     ) -> None:
         self._context = context
         self._registry = registry
@@ -47,6 +49,7 @@ class RolloutWorkers:
         self._alerts = alerts
         self._weightsync_address = weightsync_address
         self._reward_addresses = reward_addresses
+        self._acceptance = acceptance
         self._clients: dict[str, RolloutClient] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._generated_by_lost = 0
@@ -124,6 +127,7 @@ class RolloutWorkers:
             del self._clients[worker.worker_id], self._tasks[worker.worker_id]
             if not client.refused_weights:
                 self._refusals.lost(worker.worker_id, time.monotonic())
+            self._acceptance.lose(worker.worker_id)
             listener.on_lost(client)
 
     async def _run_until_lost(self, client: RolloutClient, listener: RolloutListener) -> None:
@@ -138,6 +142,9 @@ class RolloutWorkers:
                 self._alerts.warn(
                     f"{client.worker_id} cannot take the weights and is out of the run until it is restarted: {told}"
                 )
+            if response.HasField("progress") and response.progress.HasField("speculation"):
+                incarnation = client.worker.registration.incarnation
+                self._acceptance.note(client.worker_id, incarnation, response.progress.speculation)
             listener.on_response(client, response)
 
         serving = asyncio.create_task(client.run_job(on_response))

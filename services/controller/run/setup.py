@@ -19,6 +19,7 @@ from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.checkpoints import Checkpoints
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.dropped_groups import DroppedGroups
 from miles.services.controller.run.equal_rewards import EqualRewards
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
@@ -32,6 +33,7 @@ from miles.services.controller.run.rollout_dump import RolloutDump
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
 from miles.services.controller.run.step_traces import StepTraces
+from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -86,7 +88,8 @@ class RunSetup:
         context, config, history, status = self._context, self._context.config, self._history, self._status
         clock, activities, report = self._clock, self._activities, self._report
         recorded = None if config.debug.has_engines else RecordedGroups(context.job_id, config)
-        rollouts = await self._rollouts(context, weightsync, recorded)
+        acceptance = RunAcceptance.of_job(config, history.summary.get("acceptance", ()))
+        rollouts = await self._rollouts(context, weightsync, recorded, acceptance)
 
         def on_active(version: int) -> None:
             dispatcher.release_hold(LOADING)
@@ -122,9 +125,11 @@ class RunSetup:
             ),
             EqualRewards(config.data.rollout_batch_size),
         )
-        status.connect(rollouts, dispatcher, publisher)
+        status.connect(rollouts, dispatcher, publisher, acceptance)
         evaluations = EvaluationSchedule(context, history, dispatcher, self._eval_sets)
-        turns = GpuTurns(config, rollouts, dispatcher, evaluations, status)
+        drafts = RunDrafts(context, self._registry, weightsync, rollouts, self._alerts, activities)
+        status.drafts = drafts
+        turns = GpuTurns(config, rollouts, dispatcher, evaluations, status, drafts)
         return RunState(
             context=context,
             history=history,
@@ -149,10 +154,16 @@ class RunSetup:
             dump=RolloutDump(config.debug, self._queue, context.run_dir),
             traces=StepTraces(context.run_dir / "traces", config.telemetry.trace_steps, self._registry, report),
             turns=turns,
+            drafts=drafts,
+            acceptance=acceptance,
         )
 
     async def _rollouts(
-        self, context: JobContext, weightsync: WeightSyncClient, recorded: RecordedGroups | None
+        self,
+        context: JobContext,
+        weightsync: WeightSyncClient,
+        recorded: RecordedGroups | None,
+        acceptance: RunAcceptance,
     ) -> Rollouts:
         """Return what delivers groups: the workers, once there are rewards for them, or the files."""
         config = context.config
@@ -161,7 +172,7 @@ class RunSetup:
         rewards = await self._workers.reward_addresses(config.reward)
         # Without a weight-sync service engines serve the weights of the checkpoint.
         address = weightsync.address if config.debug.has_trainer else ""
-        return RolloutWorkers(context, self._registry, self._queue, self._alerts, address, rewards)
+        return RolloutWorkers(context, self._registry, self._queue, self._alerts, address, rewards, acceptance)
 
     async def _choose_number_types(self) -> None:
         config = self._context.config

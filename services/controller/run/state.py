@@ -14,6 +14,7 @@ from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.checkpoints import Checkpoints
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 from miles.services.controller.run.gpu_turns import GpuTurns
 from miles.services.controller.run.publication_schedule import PublicationSchedule
@@ -22,6 +23,7 @@ from miles.services.controller.run.recorded_rollouts import RecordedGroups
 from miles.services.controller.run.report import RunReport
 from miles.services.controller.run.rollout_dump import RolloutDump
 from miles.services.controller.run.step_traces import StepTraces
+from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -65,6 +67,8 @@ class RunState:
     dump: RolloutDump
     traces: StepTraces
     turns: GpuTurns
+    drafts: RunDrafts
+    acceptance: RunAcceptance
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0

@@ -10,13 +10,16 @@ from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.protocols import Rollout, Rollouts, Trainer
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.drafts import RunDrafts
 from miles.services.controller.run.publish import Publisher
+from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.run_waits import READING, LoadingWorker, RolloutFacts, RunFacts, waits_of
 from miles.services.controller.status.waits import Wait, WaitLog, wait_from_proto
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 _TRAINER, _ROLLOUT = controller_pb2.WORKER_KIND_TRAINER, controller_pb2.WORKER_KIND_ROLLOUT
+_DRAFT_TRAINER = controller_pb2.WORKER_KIND_DRAFT_TRAINER
 _LOAD_PHASES = frozenset({"loading", "publishing", "collecting"})
 """Phases in which a run may wait for engines to load a version."""
 _WAITS = {
@@ -39,15 +42,21 @@ class RunStatus:
         self.step = 0
         self.saved_step: int | None = None
         """Steps that the newest complete checkpoint covers."""
+        self.drafts: RunDrafts | None = None
+        """What follows the draft trainer; None before the run's parts are built."""
         self._rollouts: Rollouts | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
+        self._acceptance: RunAcceptance | None = None
         self._phase, self._waiting_for = "starting", READING
         self._since_unix_ns = time.time_ns()
 
-    def connect(self, rollouts: Rollouts, dispatcher: Dispatcher, publisher: Publisher) -> None:
+    def connect(
+        self, rollouts: Rollouts, dispatcher: Dispatcher, publisher: Publisher, acceptance: RunAcceptance
+    ) -> None:
         """Describe these parts of the run too, from now on."""
         self._rollouts, self._dispatcher, self._publisher = rollouts, dispatcher, publisher
+        self._acceptance = acceptance
 
     def enter(self, phase: str, waiting_for: str = "") -> None:
         """Note the phase that the run is in from now on."""
@@ -91,6 +100,8 @@ class RunStatus:
                 answer.active_version = self._publisher.active
         if self._dispatcher is not None:
             _add_groups(answer, self._dispatcher)
+        if self._acceptance is not None:
+            answer.speculation.extend(self._acceptance.engines())
         answer.waiting_for = self._all_waiting_for(batch_size)
         answer.workers.extend(self._worker(worker, answer) for worker in workers)
         self._note_waits(answer.waiting_for)
@@ -174,6 +185,8 @@ class RunStatus:
                 return run.waiting_for or f"the run to go on ({run.phase})"
             case kind if kind == _ROLLOUT:
                 return self._wait_of_rollout(worker.worker_id, run)
+            case kind if kind == _DRAFT_TRAINER:
+                return (self.drafts is not None and self.drafts.describe()) or "a run that trains drafts"
             case kind:
                 return _WAITS.get(kind, "work")
 

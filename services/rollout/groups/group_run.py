@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from miles.queue import Fenced, GroupQueue, Holder, PartialStore
 from miles.rpc.gen import rollout_pb2
+from miles.services.rollout.groups.earlier_responses import EarlierResponses
 from miles.services.rollout.groups.filters import FilterError, GroupFilter, apply_filter
 from miles.services.rollout.groups.messages import Failed, Finished, GroupLease, Outcome, Preempted
 from miles.services.rollout.groups.partial_group import PartialGroup
@@ -62,6 +63,8 @@ class GroupTools:
     teachers: ServedTeachers | None = None
     """Of on-policy distillation, behind servers."""
     group_filter: GroupFilter | None = None
+    earlier: EarlierResponses | None = None
+    """Keeps the responses of groups that have ended as drafts; None when no engine drafts from them."""
     repeated: RepeatedWarnings = dataclasses.field(default_factory=RepeatedWarnings)
     """Of failures, so that the log does not repeat them."""
 
@@ -134,6 +137,8 @@ class GroupRun:
         await self._unless_preempted(self._score())
         scored = time.monotonic()
         samples = self._scoring.scored()
+        if tools.earlier is not None:
+            tools.earlier.keep(lease.group.samples[0].prompt_tokens, samples, self._holder)
         if lease.is_training and tools.config.rollout.mask_offpolicy_in_partial_rollout:
             samples = [mask_older_versions(sample) for sample in samples]
         group = SampleGroup(tools.job_id, lease.group_id, samples)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from miles.services.rollout.engines.base import (
     FinishReason,
@@ -14,10 +15,15 @@ from miles.services.rollout.engines.base import (
     RolloutEngine,
     SamplingParams,
 )
+from miles.services.rollout.groups.earlier_responses import PromptDrafts
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.partial_response import Piece, experts_start, extend
 from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleStatus
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _serials = itertools.count()
 
@@ -26,13 +32,23 @@ class GroupRequests:
     """Runs engine requests that continue the samples of one group; one abort ends them all."""
 
     def __init__(
-        self, engine: RolloutEngine, lease: GroupLease, *, record_experts: bool = False, top_tokens: int = 0
+        self,
+        engine: RolloutEngine,
+        lease: GroupLease,
+        *,
+        record_experts: bool = False,
+        top_tokens: int = 0,
+        drafts: PromptDrafts | None = None,
     ) -> None:
-        """With `record_experts`, training groups record which experts were chosen, and so many likeliest tokens."""
+        """With `record_experts`, training groups record which experts were chosen, and so many likeliest tokens.
+
+        `drafts` are the earlier responses to the group's prompt, for engines that draft from them.
+        """
         self._top_tokens = top_tokens if lease.is_training else 0
         self._engine = engine
         self._lease = lease
         self._record_experts = record_experts and lease.is_training
+        self._drafts = drafts
         self._running: dict[str, None] = {}  # in the order in which they began
         self._aborted = False
 
@@ -43,6 +59,7 @@ class GroupRequests:
         The sample is PENDING when the request was aborted. After an abort no request is made: the sample comes back
         with no new tokens.
         """
+        earlier_responses = await self._earlier_responses()
         if self._aborted:
             return dataclasses.replace(sample, status=SampleStatus.PENDING)
         request = GenerationRequest(
@@ -54,19 +71,25 @@ class GroupRequests:
             routed_experts_start=experts_start(sample),
             top_token_ids=self._top_tokens,
             group=self._group,
+            earlier_responses=earlier_responses,
         )
         return extend(sample, await self._run(request), with_experts=self._record_experts)
 
     @traced("engine request")
     async def generate(self, position: int, input_ids: Sequence[int], sampling: SamplingParams) -> Piece:
         """Generate after any tokens, in one request; after an abort none is made, and the piece is empty."""
+        earlier_responses = await self._earlier_responses()
         if self._aborted:
             piece = Piece()
             piece.result = GenerationResult(FinishReason.ABORT, ())
             return piece
         return await self._run(
             GenerationRequest(
-                request_id=self._new_id(position), input_ids=input_ids, sampling=sampling, group=self._group
+                request_id=self._new_id(position),
+                input_ids=input_ids,
+                sampling=sampling,
+                group=self._group,
+                earlier_responses=earlier_responses,
             )
         )
 
@@ -80,6 +103,9 @@ class GroupRequests:
         finally:
             del self._running[request.request_id]
         return piece
+
+    async def _earlier_responses(self) -> Sequence[npt.NDArray[np.int32]]:
+        return () if self._drafts is None else await self._drafts.get()
 
     @property
     def _group(self) -> str:

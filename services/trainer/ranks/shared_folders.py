@@ -1,7 +1,7 @@
-"""Whether every rank sees the folders that a job needs on every host: its models, and the folder of its checkpoints.
+"""Whether every rank sees the folders that a job needs on every host: its models, and the folders that ranks share.
 
-Ranks on several hosts write one checkpoint together, so its folder must be on storage that all hosts share. Rank 0
-leaves a file there, and the others look for it.
+Ranks on several hosts write one checkpoint together, and one recording for the draft trainer, so those folders must be
+on storage that all hosts share. Rank 0 leaves a file in each, and the others look for it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ if TYPE_CHECKING:
     from miles.services.trainer.ranks.leader import Leader
 
 LOOK = "look_for_folders"
+_CHECKPOINTS, _RECORDINGS = "checkpoints", "recordings"
+_SET_BY = {_CHECKPOINTS: "save (or run_dir)", _RECORDINGS: "draft_recordings_dir (or run_dir)"}
 _VISIBLE_S = 10.0
 """How long a file may take to be seen on another host: network file systems remember what was in a folder."""
 
 
-async def check_shared_folders(leader: Leader, config: JobConfig, checkpoints: pathlib.Path) -> None:
-    """Raise FileNotFoundError when a rank misses a folder, with its host; does nothing for one rank."""
+async def check_shared_folders(
+    leader: Leader, config: JobConfig, checkpoints: pathlib.Path, recordings: pathlib.Path
+) -> None:
+    """Raise FileNotFoundError when a rank misses a folder, with its host; does nothing for one rank.
+
+    `recordings` is looked for where drafts are trained.
+    """
     if leader.world_size == 1:
         return
-    with _token(checkpoints) as token:
-        arguments = {"checkpoints": str(checkpoints), "token": token.name, "folders": _folders(config)}
-        reports = await leader.gather(Command(LOOK, arguments))
+    shared = {_CHECKPOINTS: checkpoints, **({_RECORDINGS: recordings} if config.drafts.enable_draft_training else {})}
+    with contextlib.ExitStack() as tokens:
+        left = {name: str(tokens.enter_context(_token(folder))) for name, folder in shared.items()}
+        reports = await leader.gather(Command(LOOK, {"tokens": left, "folders": _folders(config)}))
     if problems := list(dict.fromkeys(report.decode() for report in reports if report)):
         raise FileNotFoundError("; ".join(problems))
 
@@ -42,10 +50,11 @@ def look(command: Command) -> bytes:
     for key, folder in arguments["folders"].items():
         if not pathlib.Path(folder).is_dir():
             return f"{key} = {folder} is no folder on {host_name()}: every node needs it at that path".encode()
-    checkpoints = pathlib.Path(arguments["checkpoints"])
-    if not _appears(checkpoints / arguments["token"]):
-        problem = f"the folder of checkpoints {checkpoints} on {host_name()} is not that of the trainer's node 0"
-        return f"{problem}: set save (or run_dir) to a folder on storage that all nodes share".encode()
+    for name, token in arguments["tokens"].items():
+        folder = pathlib.Path(token).parent
+        if not _appears(pathlib.Path(token)):
+            problem = f"the folder of {name} {folder} on {host_name()} is not that of the trainer's node 0"
+            return f"{problem}: set {_SET_BY[name]} to a folder on storage that all nodes share".encode()
     return b""
 
 

@@ -22,6 +22,7 @@ from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.recording.recorder import Recorder
 from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.progress import Report
@@ -98,6 +99,10 @@ class Learner(abc.ABC, Generic[OutputT]):
 
 class PolicyLearner(Learner[TokenLogProbs]):
     """The policy."""
+
+    @abc.abstractmethod
+    def record(self, recorder: Recorder) -> None:
+        """Have training passes give the recorder what it wants. Raises ValueError for layers that are not there."""
 
     @abc.abstractmethod
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:

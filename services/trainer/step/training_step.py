@@ -6,6 +6,7 @@ Dims: N samples of the rollout, T response tokens of this rank.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import time
@@ -22,6 +23,7 @@ from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, Rollou
 from miles.services.trainer.batch.rollout_schedule import RolloutSchedule, schedule_rollout
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
+from miles.services.trainer.recording.recorder import Recorder
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
 from miles.services.trainer.step.finite_gradient import SkippedSteps, StepOutcome
@@ -73,6 +75,8 @@ class RolloutTrainer(abc.ABC):
         self._skipped = {"": SkippedSteps("policy", allowed), "critic_": SkippedSteps("critic", allowed)}
         self.warnings: list[str] = []
         """What a person should know of the last rollout's training."""
+        self.recorder: Recorder | None = None
+        """Of what the draft model learns from; None when none is trained."""
 
     @abc.abstractmethod
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
@@ -111,10 +115,14 @@ class RolloutTrainer(abc.ABC):
         try:
             schedule = schedule or self.schedule(groups)
             batch = cut_batch(in_order(groups), self._config, self.replica, schedule)
+            if self.recorder is not None:
+                self.recorder.begin(number, batch, schedule)
             return self._train(number, batch, passes, self._abandonable(report, abandonment), record, abandonment)
         except StepAbandonedError:
             for training in passes:
                 training.learner.discard_gradients()
+            if self.recorder is not None:
+                self.recorder.abandon()
             set_random_state(before)
             raise
 
@@ -159,6 +167,9 @@ class RolloutTrainer(abc.ABC):
         interval = self._config.algorithm.ref_update_interval
         if self.roles.reference is not None and interval is not None and (number + 1) % interval == 0:
             self.roles.reference.follow()
+        if self.recorder is not None:
+            metrics |= self.recorder.finish()
+            self.warnings += self.recorder.warnings
         return metrics | {"perf/log_probs_time": prepared - began}
 
     def _passes(self, number: int) -> list[_TrainingPass[Any]]:
@@ -193,7 +204,9 @@ class RolloutTrainer(abc.ABC):
                     report(Progress("forward_backward", min(before + number, count), count))
 
                 loss = functools.partial(training.loss, batch, step, tokens)
-                own = training.learner.accumulate(batch, step, loss, report_done)
+                records = self.recorder if training.learner is self.roles.policy and step is batch.steps[0] else None
+                with contextlib.nullcontext() if records is None else records.recording():
+                    own = training.learner.accumulate(batch, step, loss, report_done)
                 parts += own
                 if self._data_ranks.rank == 0:
                     parts.append(untrained_counts(own, step, per_token=per_token))
@@ -203,7 +216,11 @@ class RolloutTrainer(abc.ABC):
                     abandonment.commit()
                     if self.roles.old_policies is not None:
                         self.roles.old_policies.keep(number)
+                if records is not None:
+                    records.write()
                 outcome = training.learner.step()
+                if records is not None and outcome.skipped:
+                    records.skip()
                 outcomes[training.prefix].append(outcome)
                 if (words := self._skipped[training.prefix].note(outcome)) is not None:
                     self.warnings.append(words)

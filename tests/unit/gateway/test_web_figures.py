@@ -40,6 +40,35 @@ def test_a_curve_of_zeros_has_an_axis_to_one_and_others_one_that_fits() -> None:
         assert top - bottom <= 2.5 * max(high - low, high)
 
 
+def engine_lines(values: dict[str, dict[int, float | None]]) -> Any:
+    """The lines of a chart with a line for each engine, and the values of those that are computed."""
+    return evaluate(
+        "charts.js",
+        f"""((given) => {{
+            const curves = new page.Curves();
+            for (const [name, steps] of Object.entries(given)) {{
+                for (const [step, value] of Object.entries(steps)) curves.add(name, Number(step), value);
+            }}
+            const lines = curves.engines("accept");
+            return lines.map(([name, label]) => [label, Object.fromEntries(curves.values.get(name))]);
+        }})({json.dumps(values)})""",
+    )
+
+
+def test_a_chart_of_engines_has_a_line_for_each_and_of_many_the_least_and_the_most() -> None:
+    assert engine_lines({"other/rollout-0": {0: 1.0}}) == []
+    assert engine_lines({"accept": {0: 2.0}, "accept/rollout-0": {0: 2.0}}) == [["rollout-0", {"0": 2.0}]]
+    two = {"accept": {0: 2.0}, "accept/rollout-0": {0: 1.0}, "accept/rollout-1": {0: 3.0}}
+    assert [label for label, _ in engine_lines(two)] == ["all engines", "rollout-0", "rollout-1"]
+    many: dict[str, dict[int, float | None]] = {f"accept/rollout-{i}": {0: 1.0 + i, 1: 9.0 - i} for i in range(5)}
+    many["accept/rollout-2"][1] = None
+    assert engine_lines({"accept": {0: 3.0}, **many}) == [
+        ["all engines", {"0": 3.0}],
+        ["least", {"0": 1.0, "1": 5.0}],
+        ["most", {"0": 5.0, "1": 9.0}],
+    ]
+
+
 @pytest.mark.parametrize(
     ("run", "held", "newest", "behind"),
     [

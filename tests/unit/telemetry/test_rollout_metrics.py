@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from miles.telemetry.rollout_metrics import rollout_metrics
-from miles.types import Sample, SampleGroup, SampleStatus
+from miles.types import Sample, SampleGroup, SampleStatus, SpeculativeStats
 
 
 def group(group_id: int, *samples: tuple[int, float | dict[str, float] | None, SampleStatus]) -> SampleGroup:
@@ -44,6 +44,19 @@ def test_the_part_of_a_reward_that_is_trained_on_is_reported() -> None:
 
 def test_without_any_reward_there_is_no_mean() -> None:
     assert "rollout/raw_reward" not in rollout_metrics([group(0, (1, None, SampleStatus.FAILED))], None)
+
+
+def test_acceptance_is_that_of_the_samples_with_drafts() -> None:
+    done = SampleStatus.COMPLETED
+    groups = [group(0, (8, 1.0, done), (8, 1.0, done), (8, 1.0, done))]
+    assert "rollout/spec_accept_length" not in rollout_metrics(groups, None)
+    first, second, _ = groups[0].samples
+    first.speculative = SpeculativeStats(accepted_draft_tokens=4, proposed_draft_tokens=12, verify_count=4)
+    second.speculative = SpeculativeStats(accepted_draft_tokens=6, proposed_draft_tokens=8, verify_count=1)
+    metrics = rollout_metrics(groups, None)
+    assert (metrics["rollout/spec_accept_length"], metrics["rollout/spec_accept_rate"]) == (3.0, 0.5)
+    second.speculative = first.speculative = SpeculativeStats()
+    assert "rollout/spec_accept_length" not in rollout_metrics(groups, None)
 
 
 def test_pass_rates_are_those_of_groups_whose_samples_all_have_rewards() -> None:

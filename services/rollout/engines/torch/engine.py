@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from miles.config.speculation import DraftKind, Speculation
 from miles.engine_spec import EngineSpec, engine_spec
 from miles.precision.emulation.experts import PADDED
 from miles.precision.recipe import Recipe
@@ -21,20 +22,17 @@ from miles.services.rollout.engines.base import (
     GenerationDelta,
     GenerationRequest,
     PauseMode,
-    SamplingParams,
 )
-from miles.services.rollout.engines.request_checks import check_request
+from miles.services.rollout.engines.torch.drafts.target import DraftTarget
 from miles.services.rollout.engines.torch.generation.generator import GeneratorOptions
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
+from miles.services.rollout.engines.torch.generation.request_rules import RequestRules
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
-from miles.services.rollout.engines.torch.generation.stop import StopRule, StopStrings
 from miles.services.rollout.engines.torch.model.architecture import model_shape, read_checkpoint
 from miles.services.rollout.engines.torch.worker import Worker
 from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.weights.base import Endpoint, WeightReceiver
 
@@ -57,6 +55,7 @@ class TorchEngine:
         experts_implementation: of transformers' experts interface; the default keeps tokens independent.
         recipe: how the weights to load are quantised; None when they are not. They are served dequantised, in `dtype`,
             and their inputs are rounded where the format rounds inputs.
+        speculation: what it drafts with; None: nothing.
         threads: CPU threads of a step; None leaves torch's setting.
         command_timeout_s: how long a command to the worker thread may take, including the step it waits for.
     """
@@ -72,6 +71,7 @@ class TorchEngine:
         max_prefill_tokens: int = 2048,
         experts_implementation: str = PADDED,
         recipe: Recipe | None = None,
+        speculation: Speculation | None = None,
         threads: int | None = None,
         command_timeout_s: float = 300.0,
     ) -> None:
@@ -95,14 +95,14 @@ class TorchEngine:
             max_prefill_tokens=max_prefill_tokens,
             experts_implementation=experts_implementation,
             recipe=recipe,
+            speculation=speculation or Speculation(DraftKind.NONE),
         )
         self._threads = threads
         self._command_timeout_s = command_timeout_s
         self._worker: Worker | None = None
+        self._draft: DraftTarget | None = None
         self._streams: dict[str, asyncio.Queue[GenerationDelta | BaseException]] = {}
-        self._end_tokens: tuple[int, ...] = ()
-        self._vocabulary = 0
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._rules: RequestRules | None = None
 
     @property
     def spec(self) -> EngineSpec:
@@ -120,9 +120,9 @@ class TorchEngine:
         return self._device
 
     @property
-    def draft(self) -> None:
-        """None: it has no speculative decoding."""
-        return None
+    def draft(self) -> DraftTarget | None:
+        """The draft model, once the engine has started; None without one."""
+        return self._draft
 
     @property
     def max_running_requests(self) -> int:
@@ -141,8 +141,8 @@ class TorchEngine:
         )
         shape = model_shape(config)
         limit = min(self._max_total_tokens or shape.max_positions, shape.max_positions)
-        self._max_total_tokens = limit
-        self._tokenizer, self._end_tokens, self._vocabulary = tokenizer, end_tokens, shape.vocabulary
+        decoder: Any = tokenizer
+        self._rules = RequestRules(decoder, end_tokens, vocabulary=shape.vocabulary, max_total_tokens=limit)
         loop = asyncio.get_running_loop()
 
         def deliver(batch: list[Delivery]) -> None:
@@ -154,6 +154,9 @@ class TorchEngine:
             await self._finish(worker.start(), "building the model")
             undo.pop_all()
         self._worker = worker
+        drafting = worker.generator.drafting
+        if drafting is not None and drafting.proposer.weights is not None:
+            self._draft = DraftTarget(drafting.proposer.weights, self._device, self._call)
 
     async def close(self) -> None:
         """Abort everything and free the model."""
@@ -171,10 +174,11 @@ class TorchEngine:
         failed or the weights give NaN. After a failed step the engine serves nothing until it is built again.
         """
         worker = self._started()
-        self._check(request)
+        assert self._rules is not None
+        self._rules.check(request, running=request.request_id in self._streams)
         stream: asyncio.Queue[GenerationDelta | BaseException] = asyncio.Queue()
         self._streams[request.request_id] = stream
-        sequence = Sequence(request, self._stop_rule(request.sampling))
+        sequence = Sequence(request, self._rules.stop_rule(request.sampling))
         ended = False
         try:
             await self._call(lambda: worker.generator.add(sequence), f"request {request.request_id}")
@@ -248,11 +252,13 @@ class TorchEngine:
     def stats(self) -> EngineStats:
         """Counters as of now."""
         worker = self._started()
+        drafting = worker.generator.drafting
         return EngineStats(
             running_requests=len(worker.generator.scheduler.running),
             waiting_requests=len(worker.generator.scheduler.waiting),
             generated_tokens=worker.generator.generated_tokens,
             busy_s=worker.busy_s,
+            speculation=None if drafting is None else drafting.state,
         )
 
     def _started(self) -> Worker:
@@ -277,22 +283,3 @@ class TorchEngine:
             stream = self._streams.get(request_id)
             if stream is not None:
                 stream.put_nowait(delta)
-
-    def _stop_rule(self, sampling: SamplingParams) -> StopRule:
-        decoder: Any = self._tokenizer
-        strings = StopStrings(decoder, sampling.stop) if sampling.stop else None
-        return StopRule((*self._end_tokens, *sampling.stop_token_ids), strings, sampling.min_new_tokens)
-
-    def _check(self, request: GenerationRequest) -> None:
-        sampling = request.sampling
-        assert self._max_total_tokens is not None
-        check_request(
-            request,
-            vocabulary=self._vocabulary,
-            max_total_tokens=self._max_total_tokens,
-            running=request.request_id in self._streams,
-            further=(
-                (sampling.max_new_tokens >= 1, f"max_new_tokens is {sampling.max_new_tokens}; it must be at least 1"),
-                (0 <= sampling.seed < 2**64, f"seed is {sampling.seed}; it must fit 64 bits"),
-            ),
-        )

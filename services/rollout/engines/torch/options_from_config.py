@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.config.speculation import speculation_of
 from miles.precision.of_run import rollout_recipe
 
 if TYPE_CHECKING:
@@ -23,4 +24,5 @@ def configured_options(
         "max_running_requests": rollout.max_running_requests,
         "max_total_tokens": rollout.rollout_max_context_len,
         "recipe": rollout_recipe(config),
+        "speculation": speculation_of(rollout.sglang_args),
     }

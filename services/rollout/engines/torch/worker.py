@@ -73,7 +73,7 @@ class Worker:
         """Take no further step."""
         self._paused = True
         if mode is PauseMode.RETRACT:
-            self.generator.scheduler.retract_all()
+            self.generator.retract()
         elif mode is PauseMode.ABORT:
             self.generator.abort(None)
 

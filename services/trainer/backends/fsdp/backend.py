@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class _Parts(LoadedParts):
 
     @property
     def policy(self) -> PreTrainedModel:
-        return cast("PreTrainedModel", self.roles.policy.model)
+        return self.roles.policy.model
 
 
 class FsdpBackend(BaseBackend[_Parts]):
@@ -88,7 +88,7 @@ class FsdpBackend(BaseBackend[_Parts]):
         published = published_tensors(self._config)  # first: it refuses a model before anything is loaded
         roles = build_roles(self._config, self._device)
         trainer = FsdpTrainer(self._config, roles, roles.routing, self._device)
-        policy = cast("PreTrainedModel", roles.policy.model)
+        policy = roles.policy.model
         exported = (
             named_adapters(policy)
             if roles.adapter is not None

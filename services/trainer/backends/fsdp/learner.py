@@ -29,9 +29,11 @@ from miles.services.trainer.backends.fsdp.optimizer import (
     clip_gradients,
     set_learning_rate,
 )
+from miles.services.trainer.backends.fsdp.recording import RecordedForward
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.recording.recorder import Recorder
 from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.learning_rate import learning_rate
@@ -41,6 +43,8 @@ from miles.services.trainer.step.token_sets import TokenSetRequest
 from miles.telemetry.tracing import span, traced
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from miles.config.sections.optimizer import OptimizerConfig
 
 
@@ -113,6 +117,7 @@ class FsdpLearner(Learner[OutputT]):
             self._backward(result)
             return [result.metrics]
         del result, outputs
+        self._forget(micro_batch)
         trained, idle = batch.apart(micro_batch, joined)
         return [
             self._accumulate(batch, idle, loss, with_gradient=False),
@@ -143,11 +148,17 @@ class FsdpLearner(Learner[OutputT]):
         if self._routing is not None:
             self._routing.before(batch, micro_batch, training=True)
         with span("forward"), torch.set_grad_enabled(with_gradient or self._one_graph):
-            outputs = self._forward.for_loss(self.model, micro_batch)
+            outputs = self._for_loss(micro_batch)
         if self._routing is not None:
             self._routing.after(micro_batch)
         with span("loss"):
             return loss(micro_batch, outputs), outputs
+
+    def _for_loss(self, micro_batch: MicroBatch) -> OutputT:
+        return self._forward.for_loss(self.model, micro_batch)
+
+    def _forget(self, micro_batch: MicroBatch) -> None:
+        """Discard what was kept of a micro-batch, whose samples are run again."""
 
     @traced("backward")
     def _backward(self, result: LossOutput) -> None:
@@ -186,7 +197,22 @@ class FsdpLearner(Learner[OutputT]):
 class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
     """The policy."""
 
+    model: PreTrainedModel
     _forward: LogProbForward
+    _recorder: Recorder | None = None
+    _recorded: RecordedForward | None = None
+
+    def record(self, recorder: Recorder) -> None:
+        """Have training passes give the recorder what it wants. Raises ValueError for layers that are not there."""
+        self._recorder = recorder
+        self._recorded = RecordedForward(recorder, self.model, self._forward)
+
+    def _for_loss(self, micro_batch: MicroBatch) -> TokenLogProbs:
+        return super()._for_loss(micro_batch) if self._recorded is None else self._recorded.for_loss(micro_batch)
+
+    def _forget(self, micro_batch: MicroBatch) -> None:
+        if self._recorder is not None:
+            self._recorder.forget(micro_batch)
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""

@@ -19,9 +19,11 @@ from miles.services.trainer.backends.megatron.parallel.forward_output import For
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, from_last_stage
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline, Read
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
+from miles.services.trainer.backends.megatron.recording import RecordedPasses, both
 from miles.services.trainer.backends.megatron.replay.step_routing import Hooks, Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.recording.recorder import Recorder
 from miles.services.trainer.step.finite_gradient import StepOutcome
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
@@ -128,9 +130,10 @@ class MegatronLearner(Learner[OutputT]):
             if self._routing is None
             else self._routing.hooks(micro_batches, with_gradient=with_gradient, training=True)
         )
+        hooks, read = self._observed(micro_batches, hooks)
         parts: list[dict[str, MetricSum]] = self._pipeline.run(
             micro_batches,
-            self._output.for_loss,
+            read,
             numbered_loss,
             with_gradient=with_gradient,
             trained_tokens=trained_tokens,
@@ -139,6 +142,10 @@ class MegatronLearner(Learner[OutputT]):
         if self._routing is not None:
             self._routing.finish()
         return parts
+
+    def _observed(self, micro_batches: Sequence[MicroBatch], hooks: Hooks) -> tuple[Hooks, Read[OutputT]]:
+        """What a training pass calls around forward passes, and to read their output."""
+        return hooks, self._output.for_loss
 
     def _per_token(self, batch: RolloutBatch, report: Report, routing: Routing | None) -> torch.Tensor:
         """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T]."""
@@ -176,6 +183,22 @@ class MegatronPolicy(MegatronLearner[TokenLogProbs], PolicyLearner):
     """The policy."""
 
     _output: LogProbOutput
+    _recorded: RecordedPasses | None = None
+
+    def record(self, recorder: Recorder) -> None:
+        """See `PolicyLearner.record`."""
+        self._recorded = RecordedPasses(recorder, self.model, self._parallel, self._output, self._device)
+
+    def _observed(self, micro_batches: Sequence[MicroBatch], hooks: Hooks) -> tuple[Hooks, Read[TokenLogProbs]]:
+        recorded, for_loss = self._recorded, self._output.for_loss
+        if recorded is None:
+            return hooks, for_loss
+
+        def read(output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> TokenLogProbs:
+            recorded.read_top(output_1RV, micro_batch, rows)  # first: the loss works in the memory of the logits
+            return for_loss(output_1RV, micro_batch, rows)
+
+        return both(hooks, recorded.hooks(micro_batches)), read
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`; routed as in training."""

@@ -18,6 +18,9 @@ GDPO = {
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
 EAGLE = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "draft"}
+EAGLE3 = {"sglang_speculative_algorithm": "EAGLE3"}
+TRAINED_DRAFT = {**EAGLE3, "enable_draft_training": True}
+TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
 FP8 = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
 HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
 SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
@@ -768,6 +771,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         },
         "sglang_speculative_use_rejection_sampling = true, but SGLang's rejection sampling fails in a step without",
     ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NEXTN", "draft_responses_per_prompt": 2},
+        "draft_responses_per_prompt = 2, but no engine drafts from earlier responses; set sglang_speculative_algorithm",
+    ),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
     ({"host": "127.0.0.1:5000"}, "host = 127.0.0.1:5000, but it has a port: leave :5000 out"),
     ({"gateway_host": "http://localhost"}, "gateway_host = http://localhost, but it begins with http://"),
@@ -784,6 +791,39 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"rollout_backend": "torch", "sglang_mem_fraction_static": 0.8},
         "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend to",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_attention_mode": "decode"},
+        "sglang_speculative_attention_mode = decode, but rollout_backend = torch verifies drafts in one way, without",
+    ),
+    (
+        {"rollout_backend": "torch", "sglang_speculative_num_steps": 3},
+        "sglang_speculative_num_steps = 3, but there are no drafts without sglang_speculative_algorithm; set it, or",
+    ),
+    (
+        {"rollout_backend": "torch", "sglang_speculative_algorithm": "NEXTN"},
+        "sglang_speculative_algorithm = NEXTN, but rollout_backend = torch has no such drafts; choose one of EAGLE3, "
+        "NGRAM, STANDALONE, or set rollout_backend to sglang",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_num_steps": 0},
+        "sglang_speculative_num_steps = 0, but it must be a count from 1 on",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_eagle_topk": 4},
+        "sglang_speculative_eagle_topk = 4, but rollout_backend = torch verifies trees of one branch; set it to 1",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_num_steps": 4, "sglang_speculative_num_draft_tokens": 8},
+        "sglang_speculative_num_draft_tokens = 8, but of num_steps = 4 drafts and the last token there are 5; leave it",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_draft_model_path": "x"},
+        "sglang_speculative_draft_model_path = x, but drafts of NGRAM come from text, without a model; leave it out",
+    ),
+    (
+        {**TORCH_DRAFTS, "sglang_speculative_algorithm": "standalone"},
+        "sglang_speculative_algorithm = STANDALONE, but its draft is a model, and none is given; set",
     ),
     (
         {"rollout_backend": "torch", "rollout_num_gpus": 2},
@@ -965,6 +1005,67 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"update_weight_transfer_mode": "cuda_ipc", "device": "cpu"},
         "update_weight_transfer_mode = cuda_ipc, but device is cpu",
     ),
+    (
+        {"enable_draft_training": True},
+        "enable_draft_training = true, but engines draft nothing; set sglang_speculative",
+    ),
+    (
+        {"enable_draft_training": True, "sglang_speculative_algorithm": "NEXTN"},
+        "NEXTN: the draft is made of the policy's own MTP layers; leave it out, and set enable_mtp_training",
+    ),
+    (
+        {**TRAINED_DRAFT, "sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "head"},
+        "sglang_speculative_algorithm = EAGLE: heads of EAGLE-1 and -2 predict hidden states",
+    ),
+    (
+        {"enable_draft_training": True, "sglang_speculative_algorithm": "NGRAM"},
+        "NGRAM drafts from earlier responses, without a model; leave it out",
+    ),
+    ({**TRAINED_DRAFT, "sglang_speculative_algorithm": "DFLASH"}, "DFLASH: nothing here knows that draft's model; set"),
+    (
+        {**TRAINED_DRAFT, "debug_rollout_only": True},
+        "debug_rollout_only has no trainer to record; leave one of them out",
+    ),
+    (
+        {**TRAINED_DRAFT, "num_rollout": 0, "eval_prompt_data": ["a", "b"]},
+        "enable_draft_training = true, but num_rollout = 0 trains nothing to learn from; leave it out",
+    ),
+    (
+        {**SGLANG, "enable_draft_training": True, "rollout_external_engine_addrs": ["h:1"]},
+        "enable_draft_training = true, but servers of rollout_external_engine_addrs run already",
+    ),
+    (EAGLE3, "EAGLE3 drafts with a head that was trained for the policy; set it to the folder of a head, or enable"),
+    (
+        {"sglang_speculative_algorithm": "STANDALONE", "enable_draft_training": True},
+        "sglang_speculative_algorithm = STANDALONE drafts with a small model; set it to its folder",
+    ),
+    ({"draft_learning_rate": 1e-3}, "draft_learning_rate = 0.001, but it does nothing without enable_draft_training"),
+    (
+        {"draft_unroll_steps": 7},
+        "draft_unroll_steps = 7, but it does nothing without enable_draft_training; turn that on",
+    ),
+    (
+        {
+            "sglang_speculative_algorithm": "STANDALONE",
+            "sglang_speculative_draft_model_path": "small",
+            "enable_draft_training": True,
+            "draft_unroll_steps": 7,
+        },
+        "draft_unroll_steps = 7, but a standalone draft reads tokens, and is not trained on what it has drafted itself",
+    ),
+    (
+        {**TRAINED_DRAFT, "draft_tokens_per_step": 100},
+        "draft_batch_tokens = 8192, but a recording has draft_tokens_per_step = 100 tokens; lower it",
+    ),
+    ({**TRAINED_DRAFT, "draft_train_device": "gpu"}, "draft_train_device = gpu, but it names no device; set it to cpu"),
+    (
+        {**TRAINED_DRAFT, "draft_train_device": "cuda:1", "device": "cpu"},
+        "draft_train_device = cuda:1, but device is cpu",
+    ),
+    (
+        {"draft_acceptance_alarm": 1.5},
+        "draft_acceptance_alarm = 1.5, but engines draft nothing; set sglang_speculative",
+    ),
 ]
 
 
@@ -1036,7 +1137,22 @@ ALLOWED: dict[str, dict[str, Any]] = {
         "observe_rollout_routing": True,
         "sglang_speculative_adaptive": True,
     },
+    "a head that begins from nothing": TRAINED_DRAFT,
+    "a head trained by what was sampled": {**TRAINED_DRAFT, "draft_loss": "ce", "draft_unroll_steps": 2},
+    "drafts from text in the torch engine": {
+        **TORCH_DRAFTS,
+        "sglang_speculative_num_steps": 6,
+        "sglang_speculative_num_draft_tokens": "7",
+        "sglang_speculative_eagle_topk": 1,
+        "sglang_speculative_adaptive": False,
+    },
+    "a draft model of the torch engine": {
+        **TORCH_DRAFTS,
+        "sglang_speculative_algorithm": "EAGLE3",
+        "sglang_speculative_draft_model_path": "x",
+    },
     "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
+    "earlier responses as drafts": {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "draft_responses_per_prompt": 2},
 }
 
 

@@ -11,12 +11,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
+    from miles.config.speculation import Speculation
     from miles.services.rollout.engines.torch.generation.sequence import Sequence as Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """The model that drafts are proposed to, as a proposer is built from it."""
+
+    speculation: Speculation
+    config: Any
+    """Its Hugging Face configuration."""
+    model: torch.nn.Module
+    """Its parameters are on the meta device until the first weights come, and others after each load; look them up at
+    each use."""
+    dtype: torch.dtype
+    device: torch.device
+    max_running_requests: int
+    max_total_tokens: int
+    """Prompt, response and drafts of a request at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,8 +49,29 @@ class Computed:
     proposer reads alone."""
 
 
+class DraftWeights(Protocol):
+    """The weights of a draft model, which the draft stream brings; tensors by name of its checkpoint."""
+
+    @property
+    def version(self) -> int | None:
+        """Version that proposes now; None before the first `load`."""
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Check names, shapes and dtypes, in any thread; return what `load` takes. Raises WeightsRefused."""
+
+    def load(self, version: int, checked: Mapping[str, torch.Tensor]) -> None:
+        """Propose with these weights from now on; called by the worker thread."""
+
+    def served(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of the last `load`, as they came; empty before it. Called by the worker thread."""
+
+
 class Proposer(Protocol):
     """Proposes the next tokens of requests. Called by the worker thread alone, between two forward passes."""
+
+    @property
+    def weights(self) -> DraftWeights | None:
+        """Its weights; None when it has none."""
 
     @property
     def layers(self) -> Sequence[int]:
@@ -42,7 +81,7 @@ class Proposer(Protocol):
         """For each request, up to `steps` tokens that may follow `request.tokens`; none where it knows none."""
 
     def note_computed(self, computed: Sequence[Computed]) -> None:
-        """Take what a forward pass has computed, before the next `propose`."""
+        """Take what a forward pass has computed, before the next `propose`; while drafts are turned off, too."""
 
     def note_shared(self, source: Request, target: Request, length: int) -> None:
         """The first `length` positions of `target` were copied from `source` instead of computed."""

@@ -5,26 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 
+from miles.config.speculation import Speculation
 from miles.precision.recipe import Recipe
 from miles.services.rollout.engines.base import FinishReason
+from miles.services.rollout.engines.torch.drafts.create import create_proposer
+from miles.services.rollout.engines.torch.drafts.drafting import Drafting
+from miles.services.rollout.engines.torch.drafts.proposer import Policy, Proposer
 from miles.services.rollout.engines.torch.generation.outbox import Outbox
-from miles.services.rollout.engines.torch.generation.sampling import Draw, likeliest, sample
 from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
+from miles.services.rollout.engines.torch.generation.verification import Drawn, verify
 from miles.services.rollout.engines.torch.model.architecture import model_shape
 from miles.services.rollout.engines.torch.model.empty_model import build_empty_model
 from miles.services.rollout.engines.torch.model.forward import Forward, pack
+from miles.services.rollout.engines.torch.model.hidden_states import HiddenStates
 from miles.services.rollout.engines.torch.model.invariance import choose_padding
 from miles.services.rollout.engines.torch.model.kv_cache import KVCache
 from miles.services.rollout.engines.torch.model.parameters import Parameters
 from miles.services.rollout.engines.torch.model.quantised import QuantisedWeights
 from miles.services.rollout.engines.torch.model.routing_recorder import RoutingRecorder
+from miles.types import SpeculativeStats
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class GeneratorOptions:
     max_prefill_tokens: int
     experts_implementation: str
     recipe: Recipe | None
+    speculation: Speculation
 
 
 class Generator:
@@ -46,7 +53,9 @@ class Generator:
     Only one thread may use it, except for `parameters.check`, `quantised` and reading plain attributes.
     """
 
-    def __init__(self, config: Any, options: GeneratorOptions) -> None:
+    def __init__(
+        self, config: Any, options: GeneratorOptions, create_proposer: Callable[[Policy], Proposer] = create_proposer
+    ) -> None:
         shape = model_shape(config)
         padding = choose_padding(
             shape,
@@ -54,6 +63,7 @@ class Generator:
             options.device,
             max_running_requests=options.max_running_requests,
             max_prefill_tokens=options.max_prefill_tokens,
+            max_drafts=options.speculation.num_steps,
         )
         self.scheduler = Scheduler(options.max_running_requests, padding.max_prefill_tokens)
         model = build_empty_model(config, options.dtype, options.device, options.experts_implementation, options.recipe)
@@ -69,6 +79,12 @@ class Generator:
         self._device = options.device
         self._recorder = RoutingRecorder(model)
         self._sequences: dict[str, Sequence] = {}
+        self.drafting: Drafting | None = None
+        if options.speculation.is_on:
+            proposer = create_proposer(_policy(config, model, options))
+            self.drafting = Drafting(proposer, options.speculation, padding.max_draft_tokens)
+        layers = () if self.drafting is None else self.drafting.proposer.layers
+        self._hidden = HiddenStates(model, layers, shape.layers)
         cache = KVCache(
             layers=shape.layers,
             kv_heads=shape.kv_heads,
@@ -96,6 +112,8 @@ class Generator:
         """Add a request."""
         if self._recorder.layers == 0:
             sequence.routing = None
+        if self.drafting is not None:
+            sequence.speculative = SpeculativeStats()
         if sequence.response_length >= sequence.request.sampling.max_new_tokens:
             self.outbox.end(sequence.request.request_id, sequence.result(FinishReason.LENGTH))
             return
@@ -109,6 +127,12 @@ class Generator:
             if sequence is not None:
                 self._end(sequence, FinishReason.ABORT)
 
+    def retract(self) -> None:
+        """Take every running request's cache away; what it held is computed again."""
+        if self.drafting is not None:
+            self.drafting.forget(self.scheduler.running)
+        self.scheduler.retract_all()
+
     def fail(self, error: BaseException) -> None:
         """Fail every request."""
         for request_id in self._sequences:
@@ -121,14 +145,19 @@ class Generator:
         self.parameters.swap(checked)
         self.scheduler.weights_changed()
         self.version = version
+        if self.drafting is not None:
+            self.drafting.weights_changed()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - begin
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Compute one step and sample a token for every request that is ready for one."""
+        """Compute one step and sample a token, and more where drafts are accepted, for every request that is ready."""
+        begin = time.perf_counter()
         plan = self.scheduler.plan()
+        if self.drafting is not None:
+            self.drafting.propose(plan)
         self._forward.prepare(plan)
         self._share_routing(plan, before=True)
         packed = pack(plan)
@@ -136,34 +165,38 @@ class Generator:
             sequence.routing is not None for sequence in (*plan.decode, *(chunk.sequence for chunk in plan.prefill))
         )
         logits_RV = self._forward.run(plan, packed)
+        drawn = verify(logits_RV, packed.drawing)
+        kept = {each.sequence.slot: each.accepted for each in drawn}
         if self._recorder.enabled:
-            self._record_routing(plan, len(packed.tokens))
+            self._record_routing(plan, len(packed.tokens), kept)
         self._share_routing(plan, before=False)
-        draws = [
-            Draw(
-                params=sequence.request.sampling,
-                token_index=sequence.response_length,
-                banned=sequence.stop_rule.banned(sequence.response_length),
-            )
-            for sequence in packed.drawing
-        ]
-        if draws:
-            top_ids = likeliest(logits_RV, [sequence.request.top_token_ids for sequence in packed.drawing])
-            for sequence, token, log_prob, top in zip(packed.drawing, *sample(logits_RV, draws), top_ids, strict=True):
-                self._take_token(sequence, token, log_prob, top)
+        if self.drafting is not None:
+            self.drafting.note_computed(plan, kept, self._hidden.take())
+            self.drafting.note_measured(plan, kept, time.perf_counter() - begin)
+        for each in drawn:
+            self._take_tokens(each)
 
-    def _take_token(self, sequence: Sequence, token: int, log_prob: float, top_ids: list[int]) -> None:
+    def _take_tokens(self, drawn: Drawn) -> None:
         assert self.version is not None
+        sequence, before = drawn.sequence, self.generated_tokens
         request_id = sequence.request.request_id
-        if math.isnan(log_prob):
+        reason = error = None
+        for token, log_prob, top_ids in zip(drawn.tokens, drawn.log_probs, drawn.top_ids, strict=True):
+            if math.isnan(log_prob):
+                error = FloatingPointError(f"weights of version {self.version} give logits that are not numbers")
+                break
+            self.generated_tokens += 1
+            reason = sequence.append(token, self.version)
+            self.outbox.token(request_id, token, log_prob, top_ids)
+            if reason is not None:
+                break
+        sequence.computed += drawn.accepted
+        if self.drafting is not None:
+            self.drafting.count(drawn, self.generated_tokens - before, self.version)
+        if error is not None:
             self._remove(sequence)
-            error = FloatingPointError(f"weights of version {self.version} give logits that are not numbers")
             self.outbox.fail(request_id, error)
-            return
-        self.generated_tokens += 1
-        reason = sequence.append(token, self.version)
-        self.outbox.token(request_id, token, log_prob, top_ids)
-        if reason is not None:
+        elif reason is not None:
             self._end(sequence, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -171,15 +204,19 @@ class Generator:
         self.outbox.end(sequence.request.request_id, sequence.result(reason))
 
     def _remove(self, sequence: Sequence) -> None:
+        if self.drafting is not None:
+            self.drafting.forget([sequence])
         self.scheduler.remove(sequence)
         del self._sequences[sequence.request.request_id]
 
-    def _record_routing(self, plan: Plan, tokens: int) -> None:
+    def _record_routing(self, plan: Plan, tokens: int, kept: Mapping[int, int]) -> None:
         choices_NLK = self._recorder.take(tokens)
-        for row, sequence in enumerate(plan.decode):
+        row = 0
+        for sequence in plan.decode:
             if sequence.routing is not None:
-                sequence.routing.extend(len(sequence.tokens) - 1, choices_NLK[row : row + 1])
-        row = len(plan.decode)
+                end = row + 1 + kept[sequence.slot]
+                sequence.routing.extend(len(sequence.tokens) - 1, choices_NLK[row:end])
+            row += 1 + len(sequence.drafts)
         for chunk in plan.prefill:
             length = chunk.end - chunk.start
             if chunk.sequence.routing is not None:
@@ -191,3 +228,15 @@ class Generator:
         for copy in plan.copies if before else plan.shares:
             if copy.target.routing is not None and copy.source.routing is not None:
                 copy.target.routing.extend(0, copy.source.routing.prefix(copy.length))
+
+
+def _policy(config: Any, model: torch.nn.Module, options: GeneratorOptions) -> Policy:
+    return Policy(
+        speculation=options.speculation,
+        config=config,
+        model=model,
+        dtype=options.dtype,
+        device=options.device,
+        max_running_requests=options.max_running_requests,
+        max_total_tokens=options.max_total_tokens,
+    )

@@ -7,7 +7,7 @@ from array import array
 from miles.services.rollout.engines.base import FinishReason, GenerationRequest, GenerationResult
 from miles.services.rollout.engines.torch.generation.stop import StopRule
 from miles.services.rollout.engines.torch.model.routing_recorder import RoutingLog
-from miles.types import VersionSpan
+from miles.types import SpeculativeStats, VersionSpan
 
 
 class Sequence:
@@ -27,8 +27,12 @@ class Sequence:
         """Whether those were computed with the weights served now."""
         self.slot = -1
         """KV slot; -1 while it waits for one."""
+        self.drafts: list[int] = []
+        """Proposed to follow `tokens`; the next forward pass verifies them."""
         self.cached_prompt_tokens = 0
         self.routing = RoutingLog() if request.return_routed_experts else None
+        self.speculative: SpeculativeStats | None = None
+        """What became of its drafts; None where there are never any."""
         self._spans: list[VersionSpan] = []
 
     @property
@@ -43,7 +47,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens to compute before the next one can be sampled; 1 means decoding."""
+        """Tokens to compute before the next one can be sampled, drafts apart; 1 means decoding."""
         return len(self.tokens) - self.computed
 
     def append(self, token: int, version: int) -> FinishReason | None:
@@ -63,6 +67,7 @@ class Sequence:
     def forget_cache(self) -> None:
         """Free the KV slot; everything is computed again when the request runs next."""
         self.slot = -1
+        self.drafts = []
         self.computed = 0
         self.current_weights = True
 
@@ -77,4 +82,5 @@ class Sequence:
             weight_versions=tuple(self._spans),
             cached_prompt_tokens=self.cached_prompt_tokens,
             routed_experts=routed,
+            speculative=self.speculative,
         )

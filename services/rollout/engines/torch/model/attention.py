@@ -1,9 +1,9 @@
 """Attention over KV slots, registered with transformers' public AttentionInterface.
 
-The tokens of a step are packed in one row of the batch: one token of each decoding KV slot, then the prompt chunks one
-after the other, then padding. Keys and values are written to the cache first; then decoding slots and prompt chunks
-attend to it on two paths with the same arithmetic: matmul, softmax, matmul over a multiple of 64 positions, with
-enough query rows for the matrix library to treat each row alike (see invariance.py).
+The tokens of a step are packed in one row of the batch: the last token and the drafts of each decoding KV slot, then
+the prompt chunks one after the other, then padding. Keys and values are written to the cache first; then decoding slots
+and prompt chunks attend to it on two paths with the same arithmetic: matmul, softmax, matmul over a multiple of 64
+positions, with enough query rows for the matrix library to treat each row alike (see invariance.py).
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ _UNSUPPORTED = ("s_aux",)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The first `rows` packed tokens: one token of each decoding KV slot."""
+    """The first `rows` packed tokens: of each decoding KV slot its last token, then its drafts.
+
+    They are looked at as a rectangle of S slots by Q queries; short slots are filled up with some other token.
+    """
 
     rows: int
     slots: int
     """Slots 0 to `slots` - 1 are attended to; they hold every decoding slot."""
-    slots_N: torch.Tensor | None
-    """Slot of each row, int64; None when row i is slot i for every slot."""
+    queries: int
+    packed_SQ: torch.Tensor | None
+    """Index in the pack of each query, int64; None when the packed tokens are the rectangle."""
+    places_N: torch.Tensor | None
+    """For each packed token in order, its place in the flattened rectangle, int64; None likewise."""
     length: int
-    mask_S11T: torch.Tensor
-    """0 where a slot's token may look, -inf elsewhere; in the model's dtype."""
+    mask_S11QT: torch.Tensor
+    """0 where a query may look, -inf elsewhere; in the model's dtype."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,20 +114,30 @@ def slot_attention(
 def _decode(
     query_NHD: torch.Tensor, step: AttentionStep, rows: DecodeRows, layer: int, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """Output (rows, heads, head dim) of the decoding tokens. S slots, K kv heads, G heads a kv head, T positions."""
-    query_SHD = query_NHD[: rows.rows]
-    if rows.slots_N is not None:
-        query_SHD = query_SHD.new_zeros(rows.slots, *query_SHD.shape[1:]).index_copy_(0, rows.slots_N, query_SHD)
-    keys_SKDT = step.cache.keys_LSHDT[layer, : rows.slots, ..., : rows.length]
-    values_SKTD = step.cache.values_LSHTD[layer, : rows.slots, :, : rows.length]
+    """Output (rows, heads, head dim) of the decoding tokens. S slots, Q queries, K kv heads, G heads a kv head."""
+    query_NHD = query_NHD[: rows.rows]
+    heads, dim = query_NHD.shape[1:]
+    slots, queries = rows.slots, rows.queries
+    keys_SKDT = step.cache.keys_LSHDT[layer, :slots, ..., : rows.length]
+    values_SKTD = step.cache.values_LSHTD[layer, :slots, :, : rows.length]
     kv_heads = keys_SKDT.shape[1]
-    query_SKGD = query_SHD.reshape(rows.slots, kv_heads, -1, query_SHD.shape[-1])
-    group = query_SKGD.shape[2]
-    if group < step.min_queries:
-        query_SKGD = torch.nn.functional.pad(query_SKGD, (0, 0, 0, step.min_queries - group))
-    output_SKGD = _attend(query_SKGD, keys_SKDT, values_SKTD, rows.mask_S11T, scale, softcap)
-    output_SHD = output_SKGD[:, :, :group].reshape(*query_SHD.shape[:2], output_SKGD.shape[-1])
-    return output_SHD if rows.slots_N is None else output_SHD[rows.slots_N]
+    group = heads // kv_heads
+    if rows.packed_SQ is not None:
+        query_NHD = query_NHD[rows.packed_SQ.flatten()]
+    query_SKGQD = query_NHD.view(slots, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    query_SKRD = query_SKGQD.reshape(slots, kv_heads, group * queries, dim)
+    mask_S1RT = rows.mask_S11QT[:, :, 0]
+    if queries > 1:
+        mask_S1RT = rows.mask_S11QT.expand(-1, -1, group, -1, -1).flatten(2, 3)
+    missing = max(0, step.min_queries - group * queries)
+    if missing:
+        query_SKRD = torch.nn.functional.pad(query_SKRD, (0, 0, 0, missing))
+        if queries > 1:
+            mask_S1RT = torch.nn.functional.pad(mask_S1RT, (0, 0, 0, missing))
+    output_SKRD = _attend(query_SKRD, keys_SKDT, values_SKTD, mask_S1RT, scale, softcap)[:, :, : group * queries]
+    output_SQKGD = output_SKRD.reshape(slots, kv_heads, group, queries, -1).permute(0, 3, 1, 2, 4)
+    output_NHD = output_SQKGD.reshape(slots * queries, heads, -1)
+    return output_NHD if rows.places_N is None else output_NHD[rows.places_N]
 
 
 def _prefill(

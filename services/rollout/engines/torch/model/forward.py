@@ -21,20 +21,22 @@ class Packed:
     slots: list[int]
     positions: list[int]
     drawing: list[Sequence]
-    """Sequences that get a token from this step."""
+    """Sequences that get a token from this step, or several."""
     rows: list[int]
-    """For each of them, the packed token whose logits it samples from."""
+    """For each of them, and each of its drafts, the packed token whose logits are sampled from."""
 
 
 def pack(plan: Plan) -> Packed:
-    """Pack the plan's tokens: decoding KV slots first, then prompt chunks."""
+    """Pack the plan's tokens: of decoding KV slots first, the last one and its drafts, then prompt chunks."""
     packed = Packed([], [], [], [], [])
     row_of: dict[int, int] = {}
     for sequence in plan.decode:
-        packed.tokens.append(sequence.tokens[-1])
-        packed.slots.append(sequence.slot)
-        packed.positions.append(len(sequence.tokens) - 1)
-        row_of[sequence.slot] = len(packed.tokens) - 1
+        first, start, drafts = len(packed.tokens), len(sequence.tokens) - 1, len(sequence.drafts)
+        packed.tokens.extend([sequence.tokens[-1], *sequence.drafts])
+        packed.slots.extend([sequence.slot] * (1 + drafts))
+        packed.positions.extend(range(start, start + 1 + drafts))
+        packed.rows.extend(range(first, first + 1 + drafts))
+        row_of[sequence.slot] = first
         packed.drawing.append(sequence)
     for chunk in plan.prefill:
         packed.tokens.extend(chunk.sequence.tokens[chunk.start : chunk.end])
@@ -43,7 +45,7 @@ def pack(plan: Plan) -> Packed:
         row_of[chunk.sequence.slot] = len(packed.tokens) - 1
         if chunk.completes:
             packed.drawing.append(chunk.sequence)
-    packed.rows.extend(row_of[sequence.slot] for sequence in packed.drawing)
+            packed.rows.append(row_of[chunk.sequence.slot])
     for share in plan.shares:
         packed.drawing.append(share.target)
         packed.rows.append(row_of[share.source.slot])
@@ -66,7 +68,7 @@ class Forward:
         """Reserve room in the cache and carry out the plan's moves and copies."""
         slots = [sequence.slot for sequence in plan.decode] + [chunk.sequence.slot for chunk in plan.prefill]
         slots += [copy.target.slot for copy in (*plan.copies, *plan.shares)]
-        lengths = [len(s.tokens) for s in plan.decode] + [chunk.end for chunk in plan.prefill]
+        lengths = [len(s.tokens) + len(s.drafts) for s in plan.decode] + [chunk.end for chunk in plan.prefill]
         lengths += [copy.length for copy in plan.copies]
         if slots:
             self._cache.reserve(max(slots) + 1, max(lengths))
@@ -76,7 +78,7 @@ class Forward:
             self._cache.copy(copy.source.slot, [copy.target.slot], copy.length)
 
     def run(self, plan: Plan, packed: Packed) -> torch.Tensor:
-        """Run one forward pass. Returns logits (R, vocabulary): row i for `packed.drawing[i]`, then padding rows."""
+        """Run one forward pass. Returns logits (R, vocabulary): row i for `packed.rows[i]`, then padding rows."""
         count = len(packed.tokens)
         padding = [0] * self._padding.tokens.missing(count)
         tokens = self._tensor(packed.tokens + padding)[None]
@@ -87,7 +89,7 @@ class Forward:
             slots_N=self._tensor(packed.slots),
             positions_N=positions[0, :count],
             decode=self._decode_rows(plan.decode) if plan.decode else None,
-            prefill=self._prefill_rows(plan.prefill, len(plan.decode)) if plan.prefill else None,
+            prefill=self._prefill_rows(plan.prefill, _decoding(plan)) if plan.prefill else None,
             min_queries=self._padding.queries,
         )
         output = self._model(
@@ -102,23 +104,33 @@ class Forward:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _tensor(self, values: list[int]) -> torch.Tensor:
+    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def _decode_rows(self, decode: list[Sequence]) -> DecodeRows:
         slots = decode[-1].slot + 1
-        length = round_up(max(len(sequence.tokens) for sequence in decode), LENGTH_MULTIPLE)
-        seen = [1] * slots
+        queries = 1 + max(len(sequence.drafts) for sequence in decode)
+        length = round_up(max(len(sequence.tokens) + len(sequence.drafts) for sequence in decode), LENGTH_MULTIPLE)
+        seen_SQ, packed_SQ = [[1] * queries] * slots, [[0] * queries] * slots
+        places: list[int] = []
+        first = 0
         for sequence in decode:
-            seen[sequence.slot] = len(sequence.tokens)
+            own = [min(query, len(sequence.drafts)) for query in range(queries)]
+            seen_SQ[sequence.slot] = [len(sequence.tokens) + query for query in own]
+            packed_SQ[sequence.slot] = [first + query for query in own]
+            places += range(sequence.slot * queries, sequence.slot * queries + 1 + len(sequence.drafts))
+            first += 1 + len(sequence.drafts)
         positions_T = torch.arange(length, device=self._device)
-        hidden_ST = positions_T[None] >= self._tensor(seen)[:, None]
+        hidden_SQT = positions_T >= self._tensor(seen_SQ)[..., None]
+        whole = first == slots * queries
         return DecodeRows(
-            rows=len(decode),
+            rows=first,
             slots=slots,
-            slots_N=None if len(decode) == slots else self._tensor([sequence.slot for sequence in decode]),
+            queries=queries,
+            packed_SQ=None if whole else self._tensor(packed_SQ),
+            places_N=None if whole else self._tensor(places),
             length=length,
-            mask_S11T=self._mask(hidden_ST)[:, None, None],
+            mask_S11QT=self._mask(hidden_SQT)[:, None, None],
         )
 
     def _prefill_rows(self, prefill: list[Chunk], first: int) -> PrefillRows:
@@ -145,3 +157,8 @@ class Forward:
 
     def _mask(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+
+
+def _decoding(plan: Plan) -> int:
+    """Packed tokens of decoding sequences."""
+    return sum(1 + len(sequence.drafts) for sequence in plan.decode)

@@ -28,7 +28,7 @@ _QUERY_CANDIDATES = (1, 4, 8, 16)
 _QUERIES = (*range(1, 21), 24, 31, 32, 40)
 _ROWS = (16, 17, 23, 31, 32, 48, 63, 64, 100, 128, 200, 256, 300)
 _EXTRA_ROWS = {"cpu": 64, "cuda": 256}
-"""Prompt tokens of a step beside all decoding requests, where every step has the same number of rows."""
+"""Prompt tokens of a step beside all decoding requests, where every step has the same number of rows; and drafts."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class Padding:
     """Query rows an attention matmul has at least."""
     max_prefill_tokens: int
     """Prompt tokens in one step."""
+    max_draft_tokens: int = 0
+    """Drafts in one step; they take nothing from the prompts."""
 
 
 def choose_padding(
@@ -66,17 +68,24 @@ def choose_padding(
     *,
     max_running_requests: int,
     max_prefill_tokens: int,
+    max_drafts: int = 0,
     linear: RowFunction = torch.nn.functional.linear,
 ) -> Padding:
-    """The cheapest padding that keeps rows independent here; logs a warning when none of them does."""
+    """The cheapest padding that keeps rows independent here; logs a warning when none of them does.
+
+    `max_drafts`: drafts of a request in one step.
+    """
+    max_draft_tokens = max_running_requests * max_drafts
     queries = min_query_rows(shape, dtype, device)
     faults = [] if queries is not None else ["attention"]
     tokens = logits = RowPadding()
     if dependent_shapes(shape, dtype, device, _ROWS, linear):
         extra = min(max_prefill_tokens, _EXTRA_ROWS.get(device.type, 64))
         max_prefill_tokens = extra
-        tokens = RowPadding(round_up(max_running_requests + extra, MIN_ROWS), exact=True)
-        logits = RowPadding(round_up(max_running_requests, MIN_ROWS), exact=True)
+        max_draft_tokens = min(max_draft_tokens, max(_EXTRA_ROWS.get(device.type, 64), max_drafts))
+        drawing = max_running_requests + max_draft_tokens
+        tokens = RowPadding(round_up(drawing + extra, MIN_ROWS), exact=True)
+        logits = RowPadding(round_up(drawing, MIN_ROWS), exact=True)
         faults += dependent_shapes(shape, dtype, device, (tokens.rows,), linear)
         if shape.experts:
             faults.append("experts")
@@ -89,7 +98,7 @@ def choose_padding(
             device,
             ", ".join(faults),
         )
-    return Padding(tokens, logits, queries or MIN_ROWS, max_prefill_tokens)
+    return Padding(tokens, logits, queries or MIN_ROWS, max_prefill_tokens, max_draft_tokens)
 
 
 def min_query_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> int | None:

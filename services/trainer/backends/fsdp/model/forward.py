@@ -13,6 +13,7 @@ from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
 from miles.algorithms.squared_probs import sum_squared_probs
 from miles.algorithms.token_sets import TokenSetScores
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
+from miles.services.trainer.backends.fsdp.model.likeliest import Likeliest
 from miles.services.trainer.backends.fsdp.model.scored_rows import MIN_ROWS, scored_rows
 from miles.services.trainer.backends.fsdp.model.scoring_head import (
     MAX_LOGIT_BYTES,
@@ -48,9 +49,11 @@ class LogProbForward:
         self._options = options
         self._entropy = {"with_entropy": with_entropy, "entropy_requires_grad": entropy_requires_grad}
 
-    def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> TokenLogProbs:
-        """See `ForwardPass.for_loss`."""
-        return forward(model, micro_batch, self._options, **self._entropy)
+    def for_loss(
+        self, model: torch.nn.Module, micro_batch: MicroBatch, likeliest: Likeliest | None = None
+    ) -> TokenLogProbs:
+        """See `ForwardPass.for_loss`; gives the likeliest tokens of some positions too."""
+        return forward(model, micro_batch, self._options, **self._entropy, likeliest=likeliest)
 
     def per_token(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """See `ForwardPass.per_token`."""
@@ -88,18 +91,23 @@ def forward(
     *,
     with_entropy: bool = False,
     entropy_requires_grad: bool = False,
+    likeliest: Likeliest | None = None,
 ) -> TokenLogProbs:
     """Log-probabilities [R] of the micro-batch's response tokens; the head runs once on each row that predicts any."""
     scored = scored_rows(micro_batch.logit_rows_R, micro_batch.targets_R)
     tokens_UM = to_device(torch.from_numpy(scored.tokens_UM), options.device)
     scoring = Scoring(tokens_UM, options.temperature, with_entropy, entropy_requires_grad, options.chunk_rows)
+    asked = None if likeliest is None else likeliest.of_rows(scored.row_R, options.temperature, options.chunk_rows)
     head = scoring_head(model, len(scored.rows_U), options.compute, options.logit_bytes)
     if head is not None:
-        with head.scoring(scoring):
+        with head.scoring(scoring, asked):
             outputs = read_scores(_head_output(model, micro_batch, options, scored.rows_U), scoring)
     else:
+        logits_UV = _head_output(model, micro_batch, options, scored.rows_U)[0]
+        if asked is not None:
+            asked.read_logits(logits_UV)
         outputs = token_log_probs(
-            _head_output(model, micro_batch, options, scored.rows_U)[0],
+            logits_UV,
             tokens_UM,
             temperature=options.temperature,
             with_entropy=with_entropy,

@@ -25,6 +25,8 @@ from miles.algorithms.vocab_rows import TokenLogProbs, chunks, rows_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from miles.services.trainer.backends.fsdp.model.likeliest import LikeliestOfRows
+
 MAX_LOGIT_BYTES = 2 << 30
 """Logits of a micro-batch up to this size are computed in full: the backward pass then has no product to repeat."""
 
@@ -87,15 +89,16 @@ class ScoringHead(torch.nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
         self.weight = weight
         self._scoring: Scoring | SetScoring | None = None
+        self._likeliest: LikeliestOfRows | None = None
 
     @contextlib.contextmanager
-    def scoring(self, scoring: Scoring | SetScoring) -> Iterator[None]:
-        """Have forward passes give scores meanwhile; see `read_scores`."""
-        self._scoring = scoring
+    def scoring(self, scoring: Scoring | SetScoring, likeliest: LikeliestOfRows | None = None) -> Iterator[None]:
+        """Have forward passes give scores meanwhile, see `read_scores`, and read the likeliest tokens of some rows."""
+        self._scoring, self._likeliest = scoring, likeliest
         try:
             yield
         finally:
-            self._scoring = None
+            self._scoring = self._likeliest = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [1, U, V] from hidden states [1, U, D]; or float32 [1, U, M], [1, U, M + 1] with one more column, or
@@ -103,6 +106,8 @@ class ScoringHead(torch.nn.Linear):
         asked = self._scoring
         if asked is None:
             return super().forward(input)
+        if self._likeliest is not None:
+            self._likeliest.read_hidden(input[0], self.weight)
         if isinstance(asked, SetScoring):
             return asked.score_hidden(input[0], self.weight)[None]
         found = linear_token_log_probs(

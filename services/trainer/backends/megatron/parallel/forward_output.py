@@ -11,9 +11,11 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
+from miles.algorithms.device_copies import to_device
+from miles.algorithms.log_probs import CHUNK_ELEMENTS, TokenLogProbs, VocabShard, token_log_probs
 from miles.algorithms.squared_probs import sum_squared_probs
-from miles.algorithms.token_sets import score_token_sets
+from miles.algorithms.token_sets import TokenSetScores, score_token_sets
+from miles.algorithms.vocab_rows import chunks, rows_of
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, SumOverRanks
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.batch.packing import MicroBatch
@@ -101,6 +103,24 @@ class LogProbOutput:
             chunk_rows=self._options.chunk_rows,
         )
         return all_responses(scores.joined().float(), responses, len(micro_batch.targets_R), self._parallel)
+
+    @torch.no_grad()
+    def likeliest(self, output_1RV: torch.Tensor, rows_M: torch.Tensor, top_k: int) -> TokenSetScores:
+        """The likeliest tokens at some rows of the head's output, a chunk of rows at a time; without gradient."""
+        rows_M = to_device(rows_M, output_1RV.device)
+        size = self._options.chunk_rows or rows_of(CHUNK_ELEMENTS, output_1RV.shape[2], output_1RV.device)
+        parts = [
+            score_token_sets(
+                output_1RV[0].index_select(0, rows_M[where])[:, : self._columns],
+                None,
+                top_k,
+                temperature=self._options.temperature,
+                shard=self._shard,
+                chunk_rows=size,  # the same on ranks with fewer columns
+            ).joined()
+            for where in chunks(len(rows_M), size)
+        ]
+        return TokenSetScores.from_joined(torch.cat(parts) if parts else output_1RV.new_zeros(0, 2 * top_k), top_k)
 
     def zero_loss(self, outputs: TokenLogProbs) -> torch.Tensor:
         """See `ForwardOutput.zero_loss`."""

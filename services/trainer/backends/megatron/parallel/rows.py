@@ -60,6 +60,12 @@ def padded_rows(micro_batch: MicroBatch, *, multiple_of: int) -> LocalRows:
     return dataclasses.replace(_rows(micro_batch, sources, [longest] * len(columns)), columns=len(columns))
 
 
+def part_of_rows(values_L: npt.NDArray[np.int64], part: int, parts: int) -> npt.NDArray[np.int64]:
+    """What one of the tensor-parallel ranks has of them that share rows by sequence parallelism."""
+    size = len(values_L) // parts
+    return values_L[part * size : (part + 1) * size]
+
+
 def _rows(micro_batch: MicroBatch, sources: npt.NDArray[np.int64], lengths: list[int]) -> LocalRows:
     present = sources != PADDING
     response_of_row = np.full(micro_batch.num_rows, PADDING, np.int64)

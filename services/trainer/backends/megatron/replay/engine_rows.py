@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
+from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows, part_of_rows
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.replayed_experts import rollout_routing
 from miles.types import Sample
@@ -41,8 +41,7 @@ class RowCutter:
 
     def cut(self, samples: Sequence[Sample], micro_batch: MicroBatch, rows: LocalRows) -> EngineRows:
         """Raises ValueError for samples without routing, or with that of another model."""
-        size = len(rows.sources_L) // self.parts
-        sources_L = rows.sources_L[self.part * size : (self.part + 1) * size]
+        sources_L = part_of_rows(rows.sources_L, self.part, self.parts)
         experts_LNK = rollout_routing(samples, micro_batch, sources_L)
         if experts_LNK.shape[1] != self.num_layers:
             raise ValueError(

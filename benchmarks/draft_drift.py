@@ -1,0 +1,114 @@
+"""How a draft falls behind a policy that learns, and what training it beside the policy changes, step by step.
+
+    python -m benchmarks.draft_drift
+    python -m benchmarks.draft_drift --num-rollout 40 --lr 1e-3
+
+Whole runs of train.py on the CPU, all services included: the same GRPO run with a draft that stays as it is (frozen) and
+with one that is trained beside the policy (online). The policy is a tiny model that counts: after each digit comes the
+next one, four times out of five, or the one three further. Its reward is the share of threes, so that it learns to say
+something else at every position. The draft, a small language model, starts as a copy of the policy. Responses depend on
+weights, prompts and seeds alone, so both runs train the same policy, which is checked. Further flags go to train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from examples.tiny.make import VOCABULARY, make_model, make_tokenizer
+from miles.types import Sample
+
+MODES: dict[str, tuple[str, ...]] = {
+    "frozen": (),
+    "online": (
+        "--enable-draft-training",
+        "--draft-learning-rate=3e-3",
+        "--draft-batch-tokens=1024",
+        "--draft-passes=2",
+    ),
+}
+PROMPTS, PROMPT_DIGITS, RESPONSE_TOKENS = 512, 3, 32
+USUAL, REWARDED = 1, 3
+"""What the policy adds to a digit at first, and what it is rewarded for."""
+_USUALLY = 0.8
+
+
+async def share_of_threes(sample: Sample) -> float:
+    """The share of digits of a response that are REWARDED above the digit before, modulo 10."""
+    digits = [int(character) for character in sample.response if character.isdigit()]
+    rises = [(after - before) % 10 for before, after in zip(digits, digits[1:], strict=False)]
+    return rises.count(REWARDED) / max(1, len(rises))
+
+
+def make(folder: pathlib.Path, *, seed: int = 0, steps: int = 120, batch: int = 32) -> float:
+    """Write `folder`/model, `folder`/draft (the same) and `folder`/train.jsonl; returns the last loss, in nats a token.
+
+    Takes some seconds on one core. Touches torch's global generator.
+    """
+    rng = random.Random(seed)
+    prompts = ["".join(str(rng.randint(0, 9)) for _ in range(PROMPT_DIGITS)) + ">" for _ in range(PROMPTS)]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": prompt, "label": "", "metadata": {}} for prompt in prompts]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(seed)
+    model = make_model(moe=False).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    loss = torch.zeros(())
+    for step in range(steps):
+        tokens_BT = torch.tensor([_counted(rng) for _ in range(batch)])
+        logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits[:, PROMPT_DIGITS:]
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, PROMPT_DIGITS + 1 :].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, 2 * (1 - step / steps))
+        optimizer.step()
+    for name in ("model", "draft"):
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return loss.item()
+
+
+def _counted(rng: random.Random) -> list[int]:
+    """Tokens of a prompt and of a response as the policy gives it at first, which never ends by itself."""
+    index = {token: i for i, token in enumerate(VOCABULARY)}
+    digits = [rng.randint(0, 9) for _ in range(PROMPT_DIGITS)]
+    for _ in range(RESPONSE_TOKENS):
+        digits.append((digits[-1] + (USUAL if rng.random() < _USUALLY else REWARDED)) % 10)
+    text = [str(digit) for digit in digits]
+    return [index[token] for token in (*text[:PROMPT_DIGITS], ">", *text[PROMPT_DIGITS:])]
+
+
+def command(folder: pathlib.Path, run_dir: pathlib.Path, steps: int, more: Sequence[str] = ()) -> list[str]:
+    """Command line of a run."""
+    settings: dict[str, Any] = {
+        "device": "cpu",
+        "hf_checkpoint": folder / "model",
+        "prompt_data": folder / "train.jsonl",
+        "input_key": "prompt",
+        "label_key": "label",
+        "custom_rm_path": "benchmarks.draft_drift.share_of_threes",
+        "num_rollout": steps,
+        "rollout_batch_size": 8,
+        "n_samples_per_prompt": 16,
+        "rollout_max_response_len": RESPONSE_TOKENS,
+        "rollout_dtype": "float32",
+        "train_dtype": "float32",
+        "max_running_requests": 128,
+        "lr": 1e-3,
+        "lr_decay_style": "linear",
+        "lr_decay_iters": steps * 2 // 3,
+        "use_dynamic_batch_size": True,
+        "max_tokens_per_gpu": 8192,
+        "calculate_per_token_loss": True,
+        "run_dir": run_dir,
+        "name": run_dir.name,
+    }
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in settings.items()]
+    return [sys.executable, "train.py", *flags, *more]

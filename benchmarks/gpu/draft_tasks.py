@@ -1,0 +1,75 @@
+"""Tasks on which a policy moves away from what its draft has learnt: prompts, and rewards for another style."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+from miles.types import Sample
+
+SUBJECTS = (
+    *("the sea", "a cat", "winter", "a long train journey", "bread", "the moon", "a garden", "an old clock"),
+    *("music", "a river", "friendship", "a mountain", "rain", "a small town", "coffee", "a lost key", "bees"),
+    *("a library", "the first day of school", "a storm", "football", "an island", "a letter", "fire", "dreams"),
+)
+FORMS = (
+    *("Write a short story about {}.", "Explain to a child what is special about {}.", "Describe {} in a paragraph."),
+    *("Write five sentences about {}.", "What do people like about {}?", "Write a poem about {}."),
+)
+
+
+def words_texts(count: int, seed: int) -> list[str]:
+    """So many prompts for open text."""
+    draw = random.Random(seed)
+    return [draw.choice(FORMS).format(draw.choice(SUBJECTS)) for _ in range(count)]
+
+
+def lines(response: str) -> float:
+    """Share of short lines, of at most six words, among the lines of a response that says something."""
+    parts = [part.split() for part in response.splitlines() if part.strip()]
+    return sum(len(part) <= 6 for part in parts) / max(len(parts), 4)
+
+
+async def lines_reward(sample: Sample) -> float:
+    """`lines` of a sample."""
+    return lines(sample.response)
+
+
+def questions(response: str) -> float:
+    """Share of sentences that are questions."""
+    marks = [char for char in response if char in ".!?\n"]
+    return marks.count("?") / max(len(marks), 4)
+
+
+async def questions_reward(sample: Sample) -> float:
+    """`questions` of a sample."""
+    return questions(sample.response)
+
+
+def capitals(response: str) -> float:
+    """Share of capitals among letters."""
+    letters = [char for char in response if char.isalpha()]
+    return sum(char.isupper() for char in letters) / max(len(letters), 40)
+
+
+async def capitals_reward(sample: Sample) -> float:
+    """`capitals` of a sample."""
+    return capitals(sample.response)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DraftTask:
+    """Prompts and a reward."""
+
+    texts: Callable[[int, int], list[str]]
+    score: Callable[[str], float]
+    reward: str
+    """The reward's name, for custom_rm_path."""
+
+
+TASKS = {
+    "lines": DraftTask(words_texts, lines, f"{__name__}.lines_reward"),
+    "questions": DraftTask(words_texts, questions, f"{__name__}.questions_reward"),
+    "capitals": DraftTask(words_texts, capitals, f"{__name__}.capitals_reward"),
+}

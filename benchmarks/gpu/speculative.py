@@ -1,0 +1,219 @@
+"""Speculative rollouts over a GRPO run in which the policy moves: no draft, a frozen one, one that is trained on.
+
+    python -m examples.smollm2_chain_sum.prepare
+    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large
+    python -m benchmarks.gpu.draft_head --policy .cache/large --answers .cache/smollm2-135m-instruct --out .cache/head
+    python -m benchmarks.gpu.speculative --policy .cache/large --head .cache/head
+
+1. Two runs begin with the same policy and the same EAGLE-3 head: `online` trains the head beside the policy, `frozen`
+   does not. They share the GPU, so their times say nothing; their acceptance by step does.
+2. A server without a draft and one with the head answer from pools of 1, 8, 32 and 128 requests, in which the next
+   request begins as one ends: with the policy of the beginning, and with that of the end of the online run, there
+   with the head of the beginning (frozen) and that of the end (online). `--seconds` of steady decoding each; the
+   servers take turns.
+
+`tokens` are those of a verification: 1 is a draft of which nothing is accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import concurrent.futures
+import json
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu.draft_pool import Pool, Reading, draft_weights, policy_weights
+from benchmarks.gpu.draft_tasks import TASKS
+from benchmarks.gpu.grpo_run import SHARED, steps_of, train
+from benchmarks.gpu.run_table import hardware, versions
+from miles.drafts.folders import trained_dir
+
+RECIPE = "examples/smollm2_chain_sum/config.yaml"
+STEPS = 3
+SERVER_FLAGS: Mapping[str, Any] = {
+    "attention_backend": "fa3",
+    "sampling_backend": "pytorch",
+    "mem_fraction_static": 0.2,
+    "disable_prefill_cuda_graph": True,
+    "log_level": "warning",
+}
+SPECULATION: Mapping[str, Any] = {
+    "speculative_algorithm": "EAGLE3",
+    "speculative_num_steps": STEPS,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": STEPS + 1,
+    "speculative_use_rejection_sampling": True,
+}
+
+
+def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[str]:
+    """The flags of train.py for one of the runs."""
+    task = TASKS[args.task]
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder / "prompts.jsonl"
+    rows = ({"prompt": [{"role": "user", "content": text}], "label": ""} for text in task.texts(4096, 2))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--config", RECIPE, "--hf-checkpoint", str(args.policy), "--prompt-data", str(prompts)]
+    flags += ["--no-rm-type", "--custom-rm-path", task.reward, "--rollout-temperature", str(args.temperature)]
+    flags += ["--no-eval-interval", "--no-eval-prompt-data", "--no-eval-temperature"]
+    flags += ["--num-rollout", str(args.steps), "--lr", str(args.lr), "--lr-decay-style", "constant"]
+    flags += ["--rollout-batch-size", str(args.prompts), "--n-samples-per-prompt", str(args.samples)]
+    flags += ["--rollout-max-response-len", str(args.tokens), "--no-save-optim"]
+    flags += ["--train-backend", "fsdp", "--device", args.device, "--rollout-backend", args.engine]
+    flags += [*passed(speculation(args)), "--draft-acceptance-alarm", "1.01"]
+    if name == "online":
+        flags += ["--enable-draft-training", "--draft-learning-rate", str(args.draft_lr)]
+        flags += ["--draft-tokens-per-step", str(args.draft_tokens)]
+    if args.device == "cuda":
+        flags += ["--actor-num-gpus-per-node", "1", *SHARED, "--max-tokens-per-gpu", "32768"]
+        flags += ["--train-dtype", "bfloat16", "--rollout-dtype", "bfloat16"]
+        requests = args.prompts * args.samples
+        server = {**SERVER_FLAGS, "cuda_graph_bs_decode": sorted({requests // 4, requests // 2, requests})}
+        flags += [*passed(server), "--max-running-requests", str(requests)]
+    return [*flags, *args.more]
+
+
+def speculation(args: argparse.Namespace) -> dict[str, Any]:
+    """SGLang's flags of speculation, as far as the engine has them."""
+    flags = {**SPECULATION, "speculative_draft_model_path": str(args.head)}
+    if args.engine == "torch":
+        del flags["speculative_use_rejection_sampling"]
+    return flags
+
+
+def passed(flags: Mapping[str, Any]) -> list[str]:
+    """SGLang's flags on train.py's command line."""
+    line: list[str] = []
+    for name, value in flags.items():
+        values = [] if value is True else [str(part) for part in (value if isinstance(value, list) else [value])]
+        line += ["--sglang-" + name.replace("_", "-"), *values]
+    return line
+
+
+def train_both(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Both runs at once; their results, with acceptance by step."""
+    results: dict[str, dict[str, Any]] = {}
+
+    def one(name: str) -> None:
+        folder = (args.runs / name).absolute()
+        result = train(flags_of(args, name, folder), folder, args.deadline)
+        steps = steps_of(folder)
+        result["accept_length"] = [line.get("speculative/accept_length") for line in steps]
+        result["rewards"] = [line.get("rollout/raw_reward") for line in steps]
+        result |= {k: [line[k] for line in steps if k in line] for k in ("draft/update_s", "draft/version")}
+        results[name] = result
+        print(name, json.dumps(result), flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(one, name) for name in ("online", "frozen")]:
+            future.result()
+    return results
+
+
+async def serve(args: argparse.Namespace) -> list[Reading]:
+    """Tokens per second of both servers from pools of all sizes, and what a new head costs."""
+    online = args.runs.absolute() / "online"
+    last = max((online / "hf").iterdir(), key=lambda folder: int(folder.name))
+    begin, end = policy_weights(args.policy, args.dtype), policy_weights(last, args.dtype)
+    first, trained = draft_weights(args.head, args.dtype), draft_weights(trained_dir(online), args.dtype)
+    graphs = {"cuda_graph_bs_decode": sorted(args.pools), "max_running_requests": max(args.pools)}
+    common = {**SERVER_FLAGS, **graphs} if args.device == "cuda" else {}
+    plain = Pool(args, "none", common)
+    drafting = Pool(args, "drafts", {**common, **speculation(args)})
+    readings: list[Reading] = []
+    try:
+        await asyncio.gather(plain.start(), drafting.start())
+        for policy, weights, heads in (
+            ("begin", begin, {"frozen": first}),
+            ("end", end, {"frozen": first, "online": trained}),
+        ):
+            await asyncio.gather(plain.load(weights), drafting.load(weights))
+            for size in args.pools:
+                readings.append(await plain.measure(policy, "none", size))
+            for name, head in heads.items():
+                print(f"head {name}: {json.dumps(await drafting.load_draft(head))}", flush=True)
+                for size in args.pools:
+                    readings.append(await drafting.measure(policy, name, size))
+    finally:
+        await asyncio.gather(plain.close(), drafting.close())
+    return readings
+
+
+def table(readings: Sequence[Reading], pools: Sequence[int]) -> str:
+    """Markdown: a row for each policy and draft, a column for each size of the pool."""
+    plain = {(each.policy, each.size): each.tokens_per_s for each in readings if each.draft == "none"}
+    lines = ["| policy | draft | " + " | ".join(f"{size} requests" for size in pools) + " |"]
+    lines.append("|---|---|" + "---|" * len(pools))
+    for policy, draft in dict.fromkeys((each.policy, each.draft) for each in readings):
+        cells = []
+        for each in readings:
+            if (each.policy, each.draft) == (policy, draft):
+                ratio = each.tokens_per_s / plain[policy, each.size]
+                more = "" if draft == "none" else f", {ratio:.2f} ×, {each.accept_length:.2f} tokens"
+                cells.append(f"{each.tokens_per_s:,.0f}/s{more}")
+        lines.append(f"| {policy} | {draft} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_step(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: acceptance and reward by step."""
+    lines = ["| step | " + " | ".join(f"{name}: tokens, reward" for name in results) + " |", "|---" * 3 + "|"]
+    count = max(len(result["accept_length"]) for result in results.values())
+    for step in range(count):
+        cells = []
+        for result in results.values():
+            known = step < len(result["accept_length"]) and result["accept_length"][step] is not None
+            cells.append(f"{result['accept_length'][step]:.3f}, {result['rewards'][step]:.3f}" if known else "")
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is asked for; print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=pathlib.Path, default=pathlib.Path(".cache/large"))
+    parser.add_argument("--head", type=pathlib.Path, default=pathlib.Path(".cache/head"))
+    parser.add_argument("--task", default="questions", choices=list(TASKS))
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of a step")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens of a response")
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--draft-lr", type=float, default=2e-4)
+    parser.add_argument("--draft-tokens", type=int, default=32768)
+    parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--deadline", type=float, default=420.0, help="seconds that the runs may take")
+    parser.add_argument("--only", choices=["runs", "serve"], help="the first or the second part alone")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--engine", default="sglang", choices=["sglang", "torch"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has SGLang")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/speculative"), help="folder for runs")
+    parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    print(f"{hardware(args.device)}; {versions()}", flush=True)
+    if args.only != "serve":
+        for name in ("online", "frozen"):
+            shutil.rmtree(args.runs / name, ignore_errors=True)
+        results = train_both(args)
+        (args.runs / "by-step.md").write_text(by_step(results) + "\n")
+        print("\n" + by_step(results), flush=True)
+        if updates := results["online"]["draft/update_s"]:
+            print(f"\nan update of the draft: median {statistics.median(updates):.2f} s", flush=True)
+    if args.only != "runs":
+        readings = asyncio.run(serve(args))
+        (args.runs / "table.md").write_text(table(readings, args.pools) + "\n")
+        print("\n" + table(readings, args.pools), flush=True)
+
+
+if __name__ == "__main__":
+    main()

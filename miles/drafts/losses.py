@@ -1,0 +1,57 @@
+"""What a draft learns to say, and how often the policy would have accepted it.
+
+Dims: N predicted tokens, V tokens of the draft's vocabulary, K likeliest tokens of the policy's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from miles.drafts.packed_batch import Targets
+from miles.drafts.vocabulary import DraftVocabulary
+
+_SMALLEST = 1e-6
+"""Probability that the draft gives all other tokens at least, in nats' range of float32."""
+
+
+def cross_entropy(logits_NV: torch.Tensor, targets: Targets, vocabulary: DraftVocabulary) -> torch.Tensor:
+    """Cross-entropy with the tokens that were sampled, in nats, float32 [N]; 0 for those that the draft has not."""
+    sampled_N = vocabulary.draft_ids(targets.sampled_N)
+    losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), sampled_N.clamp(min=0), reduction="none")
+    return torch.where(sampled_N >= 0, losses_N, 0.0)
+
+
+def top_k_divergence(logits_NV: torch.Tensor, targets: Targets, vocabulary: DraftVocabulary) -> torch.Tensor:
+    """KL divergence from the policy's distribution to the draft's, in nats, float32 [N].
+
+    All tokens but the policy's K likeliest count as one: the divergence of the coarser distributions, which is at most
+    that of the full ones (the data-processing inequality) and 0 where those are equal. Renormalising the K instead
+    would teach the draft to give nothing to the others. Of a draft that has not all tokens, the policy's distribution
+    over those that it has is the target, and where the likeliest is not among them there is none (0), as in EAGLE-3's
+    own training.
+    """
+    log_probs_NV = logits_NV.float().log_softmax(-1)
+    ids_NK = vocabulary.draft_ids(targets.top_tokens_NK)
+    has_NK = ids_NK >= 0
+    policy_NK = targets.top_log_probs_NK.float().exp()
+    held_N = 1 - torch.where(has_NK, 0.0, policy_NK).sum(-1)
+    policy_NK = torch.where(has_NK, policy_NK, 0.0) / held_N.clamp(min=_SMALLEST)[:, None]
+    others_N = (1 - policy_NK.sum(-1)).clamp(min=0)
+    draft_NK = log_probs_NV.gather(-1, ids_NK.clamp(min=0))
+    draft_others_N = (1 - torch.where(has_NK, draft_NK.exp(), 0.0).sum(-1)).clamp(min=_SMALLEST)
+    known = torch.xlogy(policy_NK, policy_NK) - policy_NK * torch.where(has_NK, draft_NK, 0.0)
+    losses_N = known.sum(-1) + torch.xlogy(others_N, others_N) - others_N * draft_others_N.log()
+    return torch.where(has_NK[:, 0], losses_N, 0.0)
+
+
+LOSSES = {"kl": top_k_divergence, "ce": cross_entropy}
+"""By the values of `draft_loss`."""
+
+
+def chain_length(hits_SN: torch.Tensor) -> torch.Tensor:
+    """Tokens of a verification with a chain of S drafts, the policy's own included, float32 [N].
+
+    `hits_SN`: whether the draft at each step, on the true tokens before it, was the token that was sampled. Drafts are
+    accepted up to the first that is not.
+    """
+    return 1 + hits_SN.float().cumprod(0).sum(0)

@@ -1,0 +1,260 @@
+"""A run's draft trainer, beside the run loop: started, followed, its versions activated, held in the trainer's turn.
+
+A run never waits for it, except for the end of an optimizer step before the trainer's turn on shared GPUs, and never
+fails with it: without it, or with one that is lost, drafts only grow worse.
+
+On GPUs that trainer and engines take turns on, drafts are trained and brought to engines in the engines' turn. There
+the recordings of the step before are complete; decoding leaves a GPU's arithmetic idle, which the trainer does not; and
+engines have taken a fixed share of the memory, while the trainer's peak must find all of it. In the trainer's turn
+engines have no memory to load a draft into either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from miles.change_signal import ChangeSignal
+from miles.rpc.gen import controller_pb2, draft_trainer_pb2, policy_pb2, weightsync_pb2
+from miles.services.controller.clients import deadlines
+from miles.services.controller.clients.calls import WeightsRefusedError, WorkerFailedError, WorkerLostError
+from miles.services.controller.clients.draft_trainer import DraftTrainerClient
+from miles.services.controller.clients.protocols import Rollouts
+from miles.services.controller.clients.weightsync import WeightSyncClient
+from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.load_faults import LoadFaults
+from miles.services.controller.status.worker_activity import WorkerActivities
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
+from miles.tasks import cancel
+
+logger = logging.getLogger(__name__)
+
+_MISSING_S = 60.0
+"""How long there may be no draft trainer before people are told."""
+_CHECK_S = 0.5
+"""How often a wait looks for what ends it."""
+_RETRY_S = 5.0
+"""Time between two attempts at what has failed."""
+_BUSY = {"training": "train draft", "publishing": "publish draft"}
+"""Activities in a run's timeline, by the first word of what the draft trainer says."""
+
+
+class RunDrafts:
+    """Follows one run's draft trainer, if drafts are trained at all. `begin` starts it, `close` ends it."""
+
+    def __init__(
+        self,
+        context: JobContext,
+        registry: WorkerRegistry,
+        weightsync: WeightSyncClient,
+        rollouts: Rollouts,
+        alerts: RunAlerts,
+        activities: WorkerActivities,
+    ) -> None:
+        self.wanted = context.config.drafts.enable_draft_training
+        self.active: int | None = None
+        """Version of the draft that engines serve; None for the one that they began with."""
+        self._context = context
+        self._registry = registry
+        self._weightsync = weightsync
+        self._rollouts = rollouts
+        self._alerts = alerts
+        self._activities = activities
+        self._policy_step = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._client: DraftTrainerClient | None = None
+        """Set while the draft trainer has loaded the job."""
+        self._said = draft_trainer_pb2.WatchDraftsResponse()
+        self._prepared: int | None = None
+        """Newest version that the draft trainer has published since it has loaded the job."""
+        self._due: int | None = None
+        """Version that engines are to be brought to."""
+        self._held = self._activating = False
+        self._lost = ""
+        """Name of the draft trainer that was lost and is not back."""
+        self._news: Mapping[str, float] = {}
+        """Metrics that were in no step's metrics yet."""
+        self._changed = ChangeSignal()
+        self._faults = LoadFaults()
+
+    async def begin(self, policy_step: int) -> None:
+        """The run was loaded, for the first time or again, with so many steps taken by the policy."""
+        if not self.wanted:
+            return
+        await self.close()
+        self._policy_step = policy_step
+        self._tasks = [
+            asyncio.create_task(self._follow(), name="draft trainer"),
+            asyncio.create_task(self._activate(), name="activation of drafts"),
+        ]
+        for task in self._tasks:
+            self._alerts.watch(task)
+
+    async def close(self) -> None:
+        """Follow it no more; it goes on by itself."""
+        tasks, self._tasks = self._tasks, []
+        await cancel(*tasks)
+
+    async def leave_gpus(self, check: Callable[[], None]) -> None:
+        """Return once the draft trainer computes nothing and no engine loads a draft, until `return_to_gpus`.
+
+        `check` raises what ends the wait, which has an end of its own.
+        """
+        if not self.wanted:
+            return
+        self._held = True
+        end = time.monotonic() + deadlines.HOLD_DRAFTS_S
+        while self._activating and time.monotonic() < end:
+            check()
+            await self._changed.wait(_CHECK_S)
+        if (client := self._client) is not None:
+            await self._hold(client)
+
+    async def return_to_gpus(self) -> None:
+        """End that."""
+        if not self._held:
+            return
+        self._held = False
+        self._changed.notify()
+        if (client := self._client) is not None:
+            try:
+                await client.go_on()
+            except (WorkerLostError, WorkerFailedError) as error:
+                logger.info("draft trainer %s: %s", client.worker_id, error)  # `_follow` notices, and tells
+
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics for a step's; those of a version once."""
+        if not self.wanted:
+            return {}
+        news, self._news = self._news, {}
+        missed = float(self._said.missed_recordings)
+        return {**news, "draft/version": float(self.active or 0), "draft/missed_recordings": missed}
+
+    def describe(self) -> str:
+        """What the draft trainer does, in words; empty while there is none."""
+        return self._said.activity if self._client is not None else ""
+
+    # -- the draft trainer --------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Have a draft trainer work on the job, again and again."""
+        while True:
+            worker = await self._worker()
+            try:
+                await self._follow_worker(worker)
+                why = "it has left the job"
+            except (WorkerLostError, WorkerFailedError) as error:
+                why = str(error)
+            if self._lost != worker.worker_id:
+                self._lost = worker.worker_id
+                self._alerts.report(
+                    f"{worker.worker_id} is lost, and the run goes on with the drafts that it has: {why}"
+                )
+            await asyncio.sleep(_RETRY_S if not worker.lost.is_set() else 0)
+
+    async def _worker(self) -> AttachedWorker:
+        """Wait for a draft trainer to attach."""
+        waited_s = 0.0
+        while not (attached := self._registry.alive(controller_pb2.WORKER_KIND_DRAFT_TRAINER)):
+            await self._registry.wait_for_change(1.0)
+            waited_s += 1.0
+            if waited_s == _MISSING_S and not self._lost:
+                self._alerts.report(
+                    "no draft trainer is attached, so that the drafts do not follow the policy; start one with "
+                    "`python -m miles.services.trainer.drafts`"
+                )
+        return attached[0]
+
+    async def _follow_worker(self, worker: AttachedWorker) -> None:
+        client = DraftTrainerClient(worker, self._context, self._weightsync.address)
+        self._prepared = None  # it publishes again what it goes on from: the bytes may have been lost with it
+        try:
+            with self._activities.during(worker.worker_id, "load"):
+                await client.start_job(self._policy_step)
+            self._client = client
+            if self._held:
+                await self._hold(client)
+            async for message in client.watch():
+                self._note(worker.worker_id, message)
+        finally:
+            self._client = None
+            self._activities.end(worker.worker_id)
+            await client.aclose()
+
+    def _note(self, worker_id: str, message: draft_trainer_pb2.WatchDraftsResponse) -> None:
+        if self._lost:
+            at = f"version {message.version}" if message.HasField("version") else "the draft that the run began with"
+            self._alerts.report(f"{worker_id} is back, with {at}")
+            self._lost = ""
+        for warning in message.warnings:
+            self._alerts.warn(f"{worker_id}: {warning}")
+        word = message.activity.split(" ", 1)[0]
+        if word != self._said.activity.split(" ", 1)[0]:
+            self._activities.end(worker_id)
+            if word in _BUSY:
+                self._activities.begin(worker_id, _BUSY[word])
+        self._said = message
+        if message.HasField("version") and message.version != self._prepared:
+            self._prepared = self._due = message.version
+            self._news = dict(message.metrics)
+            self._changed.notify()
+
+    async def _hold(self, client: DraftTrainerClient) -> None:
+        if not client.has_gpu:
+            return
+        try:
+            released = await client.hold(release_memory=True)
+            logger.info("%s has left its GPU (%.2f GB)", client.worker_id, released / 1e9)
+        except (WorkerLostError, WorkerFailedError) as error:
+            self._alerts.warn(f"{client.worker_id} could not be held, and may be in the trainer's way: {error}")
+
+    # -- its versions -------------------------------------------------------------------------------------------------
+
+    async def _activate(self) -> None:
+        """Bring engines to the newest version, again and again."""
+        while True:
+            version = self._due
+            if version is None or self._held:
+                await self._changed.wait()
+                continue
+            self._activating, pause_s = True, 0.0
+            try:
+                async with asyncio.timeout(deadlines.ACTIVATE_S + 30):
+                    await self._activate_version(version)
+                logger.info("draft version %d is active", version)
+                self.active = version
+                self._faults.clear()
+                self._done(version)
+            except WeightsRefusedError as error:
+                self._alerts.warn(f"engines cannot take version {version} of the draft: {error}")
+                self._done(version)
+            except (WorkerLostError, WorkerFailedError, TimeoutError) as error:
+                self._alerts.warn(f"version {version} of the draft is not active yet, which is tried again: {error}")
+                pause_s = _RETRY_S
+            finally:
+                self._activating = False
+                self._changed.notify()
+            await asyncio.sleep(pause_s)
+
+    def _done(self, version: int) -> None:
+        """Nothing is left to do about a version, unless a newer one is due by now."""
+        if self._due == version:
+            self._due = None
+
+    async def _activate_version(self, version: int) -> None:
+        async def note(engine: weightsync_pb2.EngineStatus) -> None:
+            if news := self._faults.note(version, engine):
+                self._alerts.warn(f"draft: {news}")
+
+        await self._weightsync.activate(
+            self._context.job_id,
+            version,
+            min_engines=0,  # an engine without it drafts as before
+            wait_for=sorted(client.worker_id for client in self._rollouts.connected()),
+            check_equal=self._context.config.weights.check_weight_update_equal,
+            on_engine=note,
+            stream_kind=policy_pb2.WEIGHT_STREAM_DRAFT,
+        )

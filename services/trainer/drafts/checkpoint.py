@@ -1,0 +1,92 @@
+"""The draft trainer's own checkpoint: one safetensors file with its JSON record in the header, replaced atomically.
+
+It is written before each version is published, so that a version's number is never given to other weights, and a
+trainer that was killed goes on from the newest version that anybody may have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = "draft.safetensors"
+_RECORD = "miles.draft"
+_VERSION = 1
+"""Of the record."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DraftRecord:
+    """The part of a checkpoint that is not tensors."""
+
+    algorithm: str
+    """Kind of the draft, e.g. "eagle3"."""
+    draft_model: str
+    """Folder that it began from."""
+    version: int
+    """Version that these weights are published as."""
+    recorded_step: int
+    """Training step of the policy whose recording was dealt with last; -1 before the first."""
+    recordings: int
+    """Recordings trained on, a count."""
+    missed_recordings: int
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Of this version."""
+
+
+class UnusableDraftCheckpointError(ValueError):
+    """A checkpoint is there and cannot be gone on from."""
+
+    def __init__(self, path: pathlib.Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}; remove it to begin again from the draft model's folder")
+
+
+def save(folder: pathlib.Path, record: DraftRecord, state: Mapping[str, torch.Tensor]) -> pathlib.Path:
+    """Write a checkpoint in place of the one before; it is there as a whole or not at all. Returns its file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / FILE, folder / f"{FILE}.tmp"
+    header = json.dumps({"format": _VERSION, **dataclasses.asdict(record)})
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, {_RECORD: header})
+    _sync(partial)
+    partial.replace(path)
+    _sync(folder)
+    return path
+
+
+def load(folder: pathlib.Path) -> tuple[DraftRecord, dict[str, torch.Tensor]] | None:
+    """Read the checkpoint, on the CPU; None when there is none. Raises UnusableDraftCheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = _record((file.metadata() or {}).get(_RECORD))
+            return record, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UnusableDraftCheckpointError(path, f"it cannot be read as a checkpoint of a draft ({error})") from error
+
+
+def _record(text: str | None) -> DraftRecord:
+    data: dict[str, Any] = json.loads(text or "{}")
+    if (version := data.pop("format", 0)) != _VERSION:
+        raise ValueError(f"its record is of version {version}, and this installation knows {_VERSION}")
+    return DraftRecord(**data)
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,169 @@
+"""A draft model while it learns: what it has learned from, its versions, its checkpoint, and its memory."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.config.speculation import speculation_of
+from miles.drafts.folders import checkpoint_dir
+from miles.services.trainer.drafts import checkpoint
+from miles.services.trainer.drafts.cursor import RecordingCursor
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+    from miles.drafts.recording import RecordedSample
+    from miles.services.trainer.drafts.protocol import Learner
+
+logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
+
+
+class DraftBrokenError(ArithmeticError):
+    """The draft model has weights that are no numbers; its checkpoint has not."""
+
+
+class DraftTraining:
+    """A learner with its place in the recordings. Called by one thread alone."""
+
+    def __init__(
+        self, config: JobConfig, run_dir: pathlib.Path, learner: Learner, device: torch.device, policy_step: int
+    ) -> None:
+        """Go on from the job's checkpoint, if there is one. Raises UnusableDraftCheckpointError."""
+        self.learner = learner
+        self.version = 0
+        """Version of these weights, published or about to be; 0 is the draft that the run began with."""
+        self.recordings = 0
+        """Recordings trained on, a count."""
+        self.optimizer_steps = 0
+        """Since this process began, a count."""
+        self.metrics: Mapping[str, float] = {}
+        """Of the newest version."""
+        self.cursor = RecordingCursor(policy_step - 1)
+        self._interval = config.drafts.draft_update_interval
+        self._folder = checkpoint_dir(run_dir)
+        self._device = device
+        speculation = speculation_of(config.rollout.sglang_args)
+        self._origin = {"algorithm": speculation.kind.value, "draft_model": str(speculation.draft_model_path)}
+        self._unpublished = 0
+        """Recordings trained on since the newest version, a count."""
+        self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._train_s = 0.0
+        self._resume(policy_step)
+
+    @property
+    def is_version_due(self) -> bool:
+        """Whether a new version is to be made of what was learned."""
+        return self._unpublished >= self._interval
+
+    def learn(self, samples: Sequence[RecordedSample], step: int) -> Iterator[None]:
+        """Train on the recording of a step, one optimizer step at each `next`."""
+        began = time.monotonic()
+        for metrics in self.learner.learn(samples):
+            self.optimizer_steps += 1
+            for name, value in metrics.items():
+                self._sums[name] += value
+                self._counts[name] += 1
+            self._train_s += time.monotonic() - began
+            yield
+            began = time.monotonic()
+        self._train_s += time.monotonic() - began
+        self.cursor.done(step)
+        self.recordings += 1
+        self._unpublished += 1
+
+    def finish_version(self) -> None:
+        """Make the next version of what was learned and save it. Raises DraftBrokenError, and OSError."""
+        began = time.monotonic()
+        self._check_finite()
+        means = {_metric(name): total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        self.version += 1
+        self._unpublished = 0
+        self.metrics = {**means, "draft/train_s": self._train_s}
+        self._train_s = 0.0
+        self._save()
+        self.metrics = {**self.metrics, "draft/save_s": time.monotonic() - began}
+
+    def published(self, publish_s: float) -> None:
+        """Note how long the publication of the newest version took."""
+        parts = {**self.metrics, "draft/publish_s": publish_s}
+        total = sum(parts.get(f"draft/{part}_s", 0.0) for part in ("train", "save", "publish"))
+        self.metrics = {**parts, "draft/update_s": total}
+
+    def release_memory(self) -> int:
+        """Move everything to host memory; return the device memory that is freed, in bytes."""
+        if self._device.type != "cuda":
+            return 0
+        before = torch.cuda.memory_reserved(self._device)
+        self.learner.move(_CPU)
+        torch.cuda.empty_cache()
+        return before - torch.cuda.memory_reserved(self._device)
+
+    def restore_memory(self) -> None:
+        """Move everything back."""
+        self.learner.move(self._device)
+
+    def save_at_end(self, folder: pathlib.Path) -> None:
+        """Write the checkpoint, and the model into a Hugging Face folder, if it has learned anything."""
+        if self.version == 0 and not self._unpublished:
+            return
+        self._check_finite()
+        if self._unpublished:  # a version of its own: what was published under the number is something else
+            self.finish_version()
+        partial = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.learner.save(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def _resume(self, policy_step: int) -> None:
+        if (found := checkpoint.load(self._folder)) is None:
+            return
+        record, state = found
+        path = self._folder / checkpoint.FILE
+        for key, value in self._origin.items():
+            if (saved := getattr(record, key)) != value:
+                raise checkpoint.UnusableDraftCheckpointError(
+                    path, f"its {key} is {saved}, and that of the run {value}"
+                )
+        try:
+            self.learner.load_state(state)
+        except ValueError as error:
+            raise checkpoint.UnusableDraftCheckpointError(path, str(error)) from error
+        self.version, self.recordings, self.metrics = record.version, record.recordings, record.metrics
+        self.cursor = RecordingCursor(record.recorded_step, record.missed_recordings)
+        self.cursor.rewind(policy_step)
+        logger.info("the draft model goes on from version %d, after step %d", self.version, self.cursor.last)
+
+    def _save(self) -> None:
+        record = checkpoint.DraftRecord(
+            **self._origin,
+            version=self.version,
+            recorded_step=self.cursor.last,
+            recordings=self.recordings,
+            missed_recordings=self.cursor.missed,
+            metrics=self.metrics,
+        )
+        checkpoint.save(self._folder, record, self.learner.state())
+
+    def _check_finite(self) -> None:
+        broken = [name for name, tensor in self.learner.export() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise DraftBrokenError(
+                f"{broken[0]} of the draft model has values that are no finite numbers after step {self.cursor.last}; "
+                f"version {self.version} is gone on from: lower draft_learning_rate if this happens again"
+            )
+
+
+def _metric(name: str) -> str:
+    return name if "/" in name else f"draft/{name}"
