@@ -1059,7 +1059,13 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({**TRAINED_DRAFT, "draft_train_device": "gpu"}, "draft_train_device = gpu, but it names no device; set it to cpu"),
     (
-        {**TRAINED_DRAFT, "draft_train_device": "cuda:1", "device": "cpu"},
+        {
+            **(TRAINED_DRAFT | TORCH_DRAFTS),
+            "sglang_speculative_algorithm": "STANDALONE",
+            "sglang_speculative_draft_model_path": "d",
+            "draft_train_device": "cuda:1",
+            "device": "cpu",
+        },
         "draft_train_device = cuda:1, but device is cpu",
     ),
     (
