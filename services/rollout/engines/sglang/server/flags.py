@@ -94,9 +94,14 @@ def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
 
 
 def has_draft_weights(flags: Mapping[str, Any]) -> bool:
-    """Whether a server with these flags has a draft model whose weights are not the policy's own."""
+    """Whether a server with these flags has a draft model whose weights are not the policy's own.
+
+    A server that drafts by the policy's MTP layers says of itself that its draft is in the policy's folder.
+    """
     algorithm = str(flags.get("speculative_algorithm") or "").upper()
-    return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
+    folder = flags.get("speculative_draft_model_path")
+    of_policy = algorithm == "EAGLE" and folder == flags.get("model_path")
+    return algorithm in DRAFT_ALGORITHMS and folder is not None and not of_policy
 
 
 def has_functions(flags: Mapping[str, Any]) -> bool:

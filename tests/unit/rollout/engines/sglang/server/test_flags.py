@@ -122,6 +122,9 @@ def test_flags_of_sglang_are_passed_on(value: Any, expected: list[str]) -> None:
 def test_a_draft_model_of_its_own_is_known() -> None:
     assert has_draft_weights({"speculative_algorithm": "eagle3", "speculative_draft_model_path": "d"})
     assert not has_draft_weights({"speculative_algorithm": "NEXTN"})
+    attached = {"model_path": "m", "speculative_draft_model_path": "m"}
+    assert not has_draft_weights({**attached, "speculative_algorithm": "EAGLE"}), "its own MTP layers"
+    assert has_draft_weights({**attached, "speculative_algorithm": "STANDALONE"})
     assert not has_draft_weights({})
     assert is_deterministic({"enable_deterministic_inference": True})
     assert not is_deterministic({})
