@@ -7,6 +7,8 @@ Every layer's feed-forward network becomes four experts that are copies of it, o
 choice gives the dense model's answer; training makes the experts differ. The architecture is GLM-4.5's without norms of
 queries and keys, which training backends and engines know. Its shared expert begins with a `down_proj` of zeros, and
 with output weights of its own, equal to the embedding if that was shared. `--align 128` pads it (`align.py`).
+`--mtp-layers 1` adds a layer for multi-token prediction that has learnt nothing yet: the last layer again, behind a
+random projection (`mtp.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from examples.smollm2_chain_sum.align import aligned
+from examples.smollm2_chain_sum.mtp import add_mtp_layers
 
 SHARED_ACROSS_KINDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -109,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the routers' weights")
     parser.add_argument("--seed", type=int, default=0, help="of the routers' weights")
     parser.add_argument("--align", type=int, metavar="N", help="pad all sizes to multiples of N, as FP8 wants 128")
+    parser.add_argument("--mtp-layers", type=int, default=0, metavar="N", help="layers for multi-token prediction")
     args = parser.parse_args(arguments)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"{args.out} exists already; give a folder that is empty or does not exist yet")
@@ -117,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.align:
         model = aligned(model, args.align)
     model.save_pretrained(args.out)
+    if args.mtp_layers:
+        add_mtp_layers(args.out, args.mtp_layers, seed=args.seed)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out)
     print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f} million parameters in {args.out}")
 

@@ -120,7 +120,6 @@ def padded_batches_fit_the_rest(s: FlatSettings) -> Iterator[Fault]:
     whys = {
         f"train_backend = {s.train_backend} packs samples": s.train_backend != "megatron",
         f"context_parallel_size = {s.context_parallel_size} cuts packed samples": s.context_parallel_size > 1,
-        "enable_mtp_training learns from packed samples": s.enable_mtp_training,
         "moe_aux_loss_coeff would balance padding too": s.moe_aux_loss_coeff > 0,
     }
     for why, applies in whys.items():
@@ -134,10 +133,9 @@ def mtp_layers_are_loaded_to_be_trained(s: FlatSettings) -> Iterator[Fault]:
     if s.enable_mtp_training and s.mtp_num_layers is None:
         problem = "mtp_num_layers is not set"
         yield Fault("enable_mtp_training", True, problem, "set mtp_num_layers to how many the model has")
-    for key, part in (("pipeline_model_parallel_size", "the model"), ("context_parallel_size", "each sequence")):
-        if s.enable_mtp_training and getattr(s, key) > 1:
-            problem = f"MTP layers are trained only where a rank has all of {part}"
-            yield Fault("enable_mtp_training", True, problem, f"set {key} to 1")
+    if s.enable_mtp_training and s.recompute_method == "uniform" and (s.recompute_num_layers or 1) > 1:
+        problem = "MTP layers are recomputed one by one, as recompute_method = uniform does all layers"
+        yield Fault("recompute_num_layers", s.recompute_num_layers, problem, "set it to 1")
 
 
 @rule

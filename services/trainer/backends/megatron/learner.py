@@ -13,7 +13,8 @@ from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
-from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
+from miles.services.trainer.backends.megatron.mtp.targets import TrainedTokens, trained_tokens
+from miles.services.trainer.backends.megatron.mtp.training import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import ForwardOutput, LogProbOutput
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, from_last_stage
@@ -79,7 +80,8 @@ class MegatronLearner(Learner[OutputT]):
         done = 0
         for micro_batches, with_gradient in ((step.observed, False), (step.micro_batches, True)):
             if micro_batches:
-                parts += self._pass(micro_batches, loss, step.num_tokens if with_gradient else None, done, report)
+                trained = trained_tokens(batch, step) if with_gradient else None
+                parts += self._pass(micro_batches, loss, trained, done, report)
                 done += len(micro_batches)
         return parts
 
@@ -99,21 +101,21 @@ class MegatronLearner(Learner[OutputT]):
     def discard_gradients(self) -> None:
         """See `Learner.discard_gradients`; collective."""
         self.optimizer.clear()
-        self._pipeline.take_mtp_loss()
+        self._pipeline.take_mtp_metrics()
 
     def sync_weights(self) -> None:
         """See `Learner.sync_weights`."""
         self.optimizer.gather_parameters()
 
-    def take_mtp_loss(self) -> dict[str, float]:
-        """See `Pipeline.take_mtp_loss`."""
-        return self._pipeline.take_mtp_loss()
+    def take_mtp_metrics(self) -> dict[str, float]:
+        """See `Pipeline.take_mtp_metrics`."""
+        return self._pipeline.take_mtp_metrics()
 
     def _pass(
         self,
         micro_batches: Sequence[MicroBatch],
         loss: Callable[[MicroBatch, OutputT], LossOutput],
-        trained_tokens: int | None,
+        trained: TrainedTokens | None,
         done: int,
         report: Callable[[int], None],
     ) -> list[dict[str, MetricSum]]:
@@ -124,7 +126,7 @@ class MegatronLearner(Learner[OutputT]):
             result = loss(micro_batches[number], outputs)
             return result.loss, result.metrics
 
-        with_gradient = trained_tokens is not None
+        with_gradient = trained is not None
         hooks: Hooks = (
             {}
             if self._routing is None
@@ -136,7 +138,7 @@ class MegatronLearner(Learner[OutputT]):
             read,
             numbered_loss,
             with_gradient=with_gradient,
-            trained_tokens=trained_tokens,
+            trained=trained,
             **hooks,
         )
         if self._routing is not None:

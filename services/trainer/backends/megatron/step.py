@@ -44,7 +44,7 @@ class MegatronTrainer(RolloutTrainer):
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
         """See `RolloutTrainer.reduce`."""
         means = reduce_metrics(parts, self._data_ranks.group) if self._parallel.is_last_stage else {}
-        metrics = _share(means, self._parallel) | self._policy.take_mtp_loss()
+        metrics = _share(means | self._policy.take_mtp_metrics(), self._parallel)
         return metrics if self._routing is None else metrics | self._routing.metrics()
 
 

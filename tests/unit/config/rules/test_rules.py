@@ -823,7 +823,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**TORCH_DRAFTS, "sglang_speculative_algorithm": "standalone"},
-        "sglang_speculative_algorithm = STANDALONE, but its draft is a model, and none is given; set",
+        "sglang_speculative_algorithm = standalone drafts with a small model; set it to its folder",
     ),
     (
         {"rollout_backend": "torch", "rollout_num_gpus": 2},

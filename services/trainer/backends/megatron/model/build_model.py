@@ -220,7 +220,6 @@ def _configure(
         "mtp_num_layers": None,  # they are added when the rest is built
         "mtp_enabled": False,
         "mtp_detach_heads": True,
-        "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
     }
     values |= expert_values(config.moe, with_engine=with_engine, replays=wants_replay(config))
     if low is not None and low.by_engine:

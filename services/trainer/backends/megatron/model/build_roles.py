@@ -20,7 +20,7 @@ from miles.services.trainer.backends.megatron.model.build_model import (
     wants_replay,
 )
 from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
-from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
+from miles.services.trainer.backends.megatron.mtp.training import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
@@ -80,7 +80,7 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         algorithm_options.policy_iterations(config),
         ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
         routing,
-        _mtp_training(config, model, parallel),
+        _mtp_training(config, model, parallel, device, options.chunk_rows),
         padded=config.train.qkv_format == "bshd",
     )
     old_policies = None
@@ -148,13 +148,14 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str) -> WeightC
     return other
 
 
-def _mtp_training(config: JobConfig, model: MegatronModel, parallel: ParallelRank) -> MtpTraining | None:
+def _mtp_training(
+    config: JobConfig, model: MegatronModel, parallel: ParallelRank, device: torch.device, chunk_rows: int | None
+) -> MtpTraining | None:
     layout = config.megatron
-    if not layout.enable_mtp_training or layout.mtp_num_layers is None:
+    if not layout.enable_mtp_training:
         return None
-    columns = -(-model.vocabulary // parallel.tensor_size)
-    padding = min(max(columns * (parallel.tensor_rank + 1) - model.vocabulary, 0), columns)
-    return MtpTraining(model.bare_chunks, layout.mtp_num_layers, layout.mtp_loss_scaling_factor, padding=padding)
+    weight = layout.mtp_loss_scaling_factor
+    return MtpTraining(model.chunks, model.vocabulary, parallel, device, weight=weight, chunk_rows=chunk_rows)
 
 
 def _routing(config: JobConfig, model: MegatronModel, parallel: ParallelRank, device: torch.device) -> Routing | None:

@@ -1,1 +1,1 @@
-"""MTP (multi-token prediction) layers behind the policy, held or trained. Start at `layers`."""
+"""MTP (multi-token prediction) layers behind the policy, held (`layers`) or trained (`training`)."""

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
-from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining, response_rows
+from miles.services.trainer.backends.megatron.mtp.targets import TrainedTokens
+from miles.services.trainer.backends.megatron.mtp.training import Head, MtpTraining
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 from miles.services.trainer.backends.megatron.parallel.response_head import response_logits
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows, padded_rows
@@ -64,18 +65,18 @@ class Pipeline:
         with_gradient: bool,
         before: Before | None = None,
         after: After | None = None,
-        trained_tokens: int | None = None,
+        trained: TrainedTokens | None = None,
     ) -> list[Any]:
         """Return the data that `loss` gave for each micro-batch; an empty list before the last stage; collective.
 
         `loss` takes the number of a micro-batch and its forward output, and gives the loss and any data to return.
         Numbers beyond the micro-batches belong to empty ones that fill up the schedule. With a gradient, it is added to
-        the parameters' `main_grad`, summed over micro-batches and all ranks. With the `trained_tokens` of the optimizer
-        step, MTP layers are trained too where the configuration asks for it.
+        the parameters' `main_grad`, summed over micro-batches and all ranks. With the tokens that the optimizer step
+        trains on, MTP layers are trained too where the configuration asks for it.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        mtp = None if trained_tokens is None else self._mtp
+        mtp = None if trained is None else self._mtp
         padded = self._filled_up(micro_batches)
         rows = [self._local_rows(micro_batch) for micro_batch in padded]
 
@@ -83,15 +84,15 @@ class Pipeline:
             number, index = next(numbers), self._chunk_of[id(chunk)]
             if before is not None:
                 before(index, number, rows[number])
-            mask_L = response_rows(padded[number], rows[number]) if mtp is not None else None
-            output = self._forward(chunk, rows[number], mask_L)
-            if mtp is not None:
-                mtp.add_loss()
+            mtp_losses: list[torch.Tensor] = []
+            head = response_logits if mtp is None else mtp.head(chunk, padded[number], rows[number], mtp_losses)
+            output = self._forward(chunk, rows[number], head)
             if after is not None:
                 after(index, number)
 
             def finish(output_1RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
                 value, data = loss(number, read(output_1RV, padded[number], rows[number]))
+                value = sum(mtp_losses, start=value)
                 return value, torch.ones((), dtype=torch.int, device=self._device), (number, data)
 
             return output, finish
@@ -102,8 +103,8 @@ class Pipeline:
         numbers = [iter(range(len(padded))) for _ in self._model.chunks]
         with contextlib.ExitStack() as stack:
             stack.enter_context(rounded_once(self._rounding))
-            if mtp is not None:
-                stack.enter_context(mtp.enabled(trained_tokens or 0))
+            if mtp is not None and trained is not None:
+                stack.enter_context(mtp.enabled(trained))
             collected: list[tuple[int, Any]] = schedule(
                 forward_step_func=forward_step,
                 data_iterator=numbers if len(numbers) > 1 else numbers[0],
@@ -142,24 +143,18 @@ class Pipeline:
         dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         config.moe_grad_scale_func = lambda: config.grad_scale_func(1 / count)
 
-    def take_mtp_loss(self) -> dict[str, float]:
-        """The metric of MTP layers since the last call, where they are trained; collective."""
-        from megatron.core import parallel_state
+    def take_mtp_metrics(self) -> dict[str, float]:
+        """The metrics of MTP layers since the last call, where they are trained; collective. See `MtpTraining`."""
+        return {} if self._mtp is None else self._mtp.take_metrics()
 
-        if self._mtp is None:
-            return {}
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return {"train/mtp_loss": self._mtp.take_loss(group, self._device)}
-
-    def _forward(self, chunk: Any, rows: LocalRows, mask_L: npt.NDArray[np.float32] | None = None) -> torch.Tensor:
+    def _forward(self, chunk: Any, rows: LocalRows, head: Head = response_logits) -> torch.Tensor:
         """The head's output [1, R, V] on the last stage, else what the next stage takes."""
         output: torch.Tensor = chunk(
             input_ids=self._by_sample(rows.input_ids_L, rows),
             position_ids=self._by_sample(rows.position_ids_L, rows),
             attention_mask=None,  # no row sees later ones, so none of a sample sees padding
             packed_seq_params=None if rows.columns else self._packed(rows),
-            loss_mask=None if mask_L is None else self._by_sample(mask_L, rows),
-            output_processor=response_logits,
+            output_processor=head,
             output_processor_context=torch.from_numpy(rows.logit_rows).to(self._device),
             **({"fp32_output": False} if self._model.config.bf16 or self._model.config.fp16 else {}),
         )
@@ -167,8 +162,7 @@ class Pipeline:
 
     def _by_sample(self, values_L: npt.NDArray[Any], rows: LocalRows) -> torch.Tensor:
         """[1, L], or [S, M] of a padded micro-batch."""
-        by_sample = np.ascontiguousarray(values_L.reshape(-1, rows.columns or 1).T)
-        return torch.from_numpy(by_sample).to(self._device)
+        return torch.from_numpy(rows.by_sample(values_L)).to(self._device)
 
     def _packed(self, rows: LocalRows) -> Any:
         """Where sequences begin, for Megatron-Core."""

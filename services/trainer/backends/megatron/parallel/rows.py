@@ -38,6 +38,10 @@ class LocalRows:
     columns: int | None = None
     """S where samples lie side by side, the first row of each before the second: L = M · S; None for packed ones."""
 
+    def by_sample(self, values_L: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[1, L], or [S, M] where samples lie side by side."""
+        return np.ascontiguousarray(values_L.reshape(-1, self.columns or 1).T)
+
 
 def local_rows(micro_batch: MicroBatch, *, context_rank: int, context_size: int, multiple_of: int) -> LocalRows:
     """Cut a micro-batch whose samples do not share prompts. L is a multiple of `multiple_of`."""
