@@ -115,7 +115,9 @@ def test_replayed_routing_is_that_of_the_models_own_layers(results: pathlib.Path
     assert all(torch.equal(held[name], learning[name]) for name in own)
     router = "model.layers.4.mlp.gate.weight"
     assert not torch.equal(held[router], learning[router])
-    differences = [[step["train/routing_difference"] for step in metrics(results, name)] for name in ("held", "learning")]
+    differences = [
+        [step["train/routing_difference"] for step in metrics(results, name)] for name in ("held", "learning")
+    ]
     assert differences[0] == differences[1]
     assert differences[0][0] > 0.8  # the recorded experts are random
 
