@@ -91,7 +91,7 @@ export class Lanes {
   }
 }
 
-const KINDS = ["trainer", "rollout", "reward", "weightsync", "draft_trainer"];
+const KINDS = ["trainer", "draft-trainer", "rollout", "reward", "weightsync"];
 function byKind(a, b) {
   const rank = (name) => KINDS.findIndex((kind) => name.startsWith(kind));
   return rank(a) - rank(b) || a.localeCompare(b, "en", { numeric: true });
@@ -104,8 +104,9 @@ function groupBy(spans) {
 }
 
 function loadText(worker) {
-  const { running_requests: running, waiting_requests: waiting, running_samples: scoring } = worker.load;
-  if (running !== undefined) return `${number(running)} running, ${number(waiting)} waiting`;
+  const { running_requests: running, waiting_requests: waiting, running_samples: scoring, accept_length: length } = worker.load;
+  const drafts = length === undefined ? "" : `, ${number(length)} tokens per verification`;
+  if (running !== undefined) return `${number(running)} running, ${number(waiting)} waiting${drafts}`;
   return scoring !== undefined ? `${number(scoring)} being scored` : "";
 }
 
