@@ -19,6 +19,7 @@ from miles.drafts.recordings import steps
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800), needs_megatron]
 
 MODELS = {"dense": "Llama", "tied": "Llama, tied", "moe": "Qwen3-MoE", "predicting": "GLM-4.5, MTP"}
+MODELS["local-global"] = "Gemma 3"
 SELDOM = tuple(name for name in LAYOUTS if name not in OFTEN)
 
 

@@ -6,12 +6,15 @@ import json
 import pathlib
 from typing import Any
 
+from megatron_models import EXPERTS, TOP_K
 from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, samples_of
 from trainer_cases import random_groups
 
 from miles.drafts.recordings import read, steps
 
 SEED = 3
+ROUTING = (EXPERTS, 4, TOP_K)
+"""Of the model with experts."""
 LAYERS = (-1, 0, 1)
 """Of models of four layers."""
 TP2 = {"tensor_model_parallel_size": 2}
@@ -36,6 +39,9 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "recorded-padded-sp": (2, "dense", {**SP, **PADDED}),
     "recorded-mtp-sp": (2, "predicting", {**SP, "mtp_num_layers": 1, "enable_mtp_training": True}),
     "recorded-adapter-sp": (2, "dense", {**SP, "lora_rank": 2}),
+    "recorded-scaled-sp": (2, "local-global", SP),
+    "recorded-scaled-tp2": (2, "local-global", TP2),
+    "recorded-replay-vpp": (2, "moe", {**VPP, **RECOMPUTE, "use_rollout_routing_replay": True}),
     "recorded-cp2-ep2": (4, "moe", {**CP2, **EP2}),
     "recorded-tp2-pp2": (4, "moe", {**SP, **PP2, **SHORT}),
 }
@@ -59,7 +65,10 @@ def recorded_case(name: str, model: str, out: pathlib.Path, **flags: Any) -> dic
     """One step of a model of the folder `out`."""
     root = {"draft_recordings_dir": str(out / f"{name}-recordings")}
     settings = {"train_backend": "megatron", "adam_eps": 1e-3, **FLAGS, **root, **flags}
-    return {"name": name, "model": str(out / model), "flags": settings, "seed": SEED, "steps": 1}
+    case = {"name": name, "model": str(out / model), "flags": settings, "seed": SEED, "steps": 1}
+    if flags.get("use_rollout_routing_replay"):
+        case |= {"routing": ROUTING, "own_routing": True, "divert_every": 0}
+    return case
 
 
 def plain_case(name: str, model: str, out: pathlib.Path, **flags: Any) -> dict[str, Any]:
@@ -77,9 +86,11 @@ def assert_recorded(out: pathlib.Path, name: str) -> None:
     found = read(root, 0)
     metrics = json.loads((out / f"{name}.json").read_text())["metrics"][0]
     assert metrics["draft/recorded_tokens"] == sum(len(each.tokens_T) for each in found)
-    samples = samples_of(random_groups(SEED))
+    replayed = flags.get("use_rollout_routing_replay")
+    samples = samples_of(random_groups(SEED, routing=ROUTING if replayed else None))
     if budget := flags.get("draft_tokens_per_step"):
         assert 0.7 * budget <= metrics["draft/recorded_tokens"] <= budget
         recorded = {tuple(each.tokens_T.tolist()) for each in found}
         samples = [sample for sample in samples[:8] if tuple(sample.tokens.tolist()) in recorded]
-    assert_as_the_stock_model(out / model, found, samples, LAYERS)
+    layers = (-1, 1, 2) if model == "local-global" else LAYERS  # it has six
+    assert_as_the_stock_model(out / model, found, samples, layers)

@@ -74,10 +74,12 @@ def test_later_steps_and_leftovers_of_crashes_are_deleted(tmp_path: pathlib.Path
     for step in (4, 5, 6):
         write_recording(tmp_path, step, random_samples())
     files.write_part(files.partial_folder(tmp_path, 7), 0, part_of(random_samples(), 0, 1))
-    (tmp_path / "step-00000001.deleted").mkdir()
-    (tmp_path / "notes").mkdir()
+    (tmp_path / "step-00000001.partial.deleted").mkdir()
+    others = ["notes", "step-00000009", "step-last.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
     files.discard_from(tmp_path, 5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "step-00000004"])
     files.discard_from(tmp_path / "nothing", 0)
 
 
