@@ -56,7 +56,7 @@ async def share_of_threes(sample: Sample) -> float:
     return rises.count(REWARDED) / max(1, len(rises))
 
 
-def make(folder: pathlib.Path, *, seed: int = 0, steps: int = 120, batch: int = 32) -> float:
+def make(folder: pathlib.Path, *, seed: int = 0, steps: int = 60, batch: int = 16) -> float:
     """Write `folder`/model, `folder`/draft (the same) and `folder`/train.jsonl; returns the last loss, in nats a token.
 
     Takes some seconds on one core. Touches torch's global generator.

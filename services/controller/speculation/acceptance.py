@@ -80,7 +80,8 @@ class RunAcceptance:
     def finish_step(self, step: int) -> StepNews:
         """End a step: return what it counted, and what people are to be told."""
         counts, self._step = self._step, {}
-        warnings, events = self._alarm.note(step, counts)
+        off = {engine for engine, now in self._now.items() if now.reason and not now.num_steps}
+        warnings, events = self._alarm.note(step, counts, off)
         events += self._switches.note(step, sorted(self._now.items()))
         return StepNews(self._metrics(counts), warnings, events)
 

@@ -44,17 +44,13 @@ def trained_tokens(batch: RolloutBatch, step: OptimizerStepPlan) -> TrainedToken
     """Those of an optimizer step that the samples' loss masks leave."""
 
     def mask(micro_batch: MicroBatch) -> npt.NDArray[np.bool_]:
-        masks = [
-            response_mask(batch.samples[i]).astype(bool) & (i not in step.joined) for i in micro_batch.samples
-        ]
+        masks = [response_mask(batch.samples[i]).astype(bool) & (i not in step.joined) for i in micro_batch.samples]
         return np.concatenate(masks) if masks else np.zeros(0, bool)
 
     return TrainedTokens(step.num_tokens, mask)
 
 
-def layer_tokens(
-    micro_batch: MicroBatch, rows: LocalRows, trained_R: npt.NDArray[np.bool_], layer: int
-) -> LayerTokens:
+def layer_tokens(micro_batch: MicroBatch, rows: LocalRows, trained_R: npt.NDArray[np.bool_], layer: int) -> LayerTokens:
     """The tokens of MTP layer `layer` (from 1), for samples that do not share prompts."""
     tokens, trained, first_T, last_T = _tokens_of_samples(micro_batch, trained_R)
     present_L = rows.sources_L != PADDING

@@ -45,7 +45,7 @@ class MtpTraining:
         from megatron.core.utils import unwrap_model
 
         self._chunks = chunks
-        self._last = next((chunk for chunk in unwrap_model(chunks) if getattr(chunk, "mtp", None) is not None), None)
+        self._last: Any = next((c for c in unwrap_model(chunks) if getattr(c, "mtp", None) is not None), None)
         self._parallel = parallel
         self._device = device
         self._weight = weight
@@ -139,9 +139,7 @@ class MtpTraining:
         sequence_parallel = self._last.config.sequence_parallel
         return look_up(self._embeddings_VH, ids_SM, self._parallel, sequence_parallel=sequence_parallel)
 
-    def _forward(
-        self, layer: Any, hidden: torch.Tensor, embedded: torch.Tensor, given: dict[str, Any]
-    ) -> torch.Tensor:
+    def _forward(self, layer: Any, hidden: torch.Tensor, embedded: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """A layer's output. Without token ids Megatron-Core shifts nothing, and takes the embeddings as they are."""
         output: torch.Tensor = layer(
             input_ids=None,
