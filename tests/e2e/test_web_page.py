@@ -62,8 +62,9 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
 ) -> None:
     sampling = {"rollout_batch_size": 8, "n_samples_per_prompt": 8, "max_weight_staleness": 1}
     training = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 4096, "observe_training_entropy": True}
+    alarm = {"draft_acceptance_alarm": 100.0}  # drafts that nobody can reach
     job_id = submit_by_curl(
-        client.url, config(tiny_dense, name="watched", num_rollout=500, **sampling, **training, **DRAFTS)
+        client.url, config(tiny_dense, name="watched", num_rollout=500, **sampling, **training, **DRAFTS, **alarm)
     )
     with page(browser, client.url) as tab:
         tab.goto("/")
@@ -84,6 +85,9 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
         drafts = tab.get_by_role("region", name="Speculative decoding", exact=True)
         expect(drafts.get_by_role("row", name=re.compile(r"rollout-0 – (3|2|1|off) [1-4]\.\d\d "))).to_be_visible()
         expect(drafts.get_by_role("row", name=re.compile(r"\d+ – [1-4]\.\d\d [\d.]+ % [\d,]+")).first).to_be_visible()
+        screenshot(tab, "queue-light")
+        tab.get_by_role("tab", name="Events").click()
+        expect(tab.locator("ol.events")).to_contain_text("at or below draft_acceptance_alarm = 100")
         tab.get_by_role("tab", name="Samples").click()
         tab.get_by_label("Step", exact=True).fill("1")
         tab.get_by_role("button", name="Show").click()
@@ -105,7 +109,10 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
         tab.get_by_role("button", name="Cancel").click()
         tab.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
         expect(tab.locator(".head .badge")).to_have_text("cancelled")
-    assert client.job(job_id)["state"] == "cancelled"
+    job = client.job(job_id)
+    assert job["state"] == "cancelled"
+    assert all(each["accept_length"] >= 1 for each in job["summary"]["acceptance"])
+    assert client.versions(job_id)["acceptance"] == job["summary"]["acceptance"]
     with page(browser, client.url, theme="dark") as tab:
         tab.goto(f"/#/jobs/{job_id}")
         wait_for_step(tab, "reward", seen)

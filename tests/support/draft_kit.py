@@ -82,9 +82,11 @@ def learner_of(model: Trainable, *, batch_tokens: int = 768, passes: int = 1) ->
     return DraftLearner(model, LearnerOptions(1e-2, batch_tokens, passes, torch.float32))
 
 
-def teach(learner: DraftLearner, policy: Any, layers: Sequence[int], rounds: int) -> list[Mapping[str, float]]:
-    """Train on fresh responses of the policy; returns what each optimizer step found."""
-    found: list[Mapping[str, float]] = []
-    for seed in range(rounds):
-        found += learner.learn(record(policy, samples=64, prompt=8, response=40, layers=layers, seed=seed))
-    return found
+def lessons_of(policy: Any, layers: Sequence[int]) -> list[RecordedSample]:
+    """Enough responses to learn the policy from."""
+    return record(policy, samples=128, prompt=8, response=40, layers=layers, seed=0)
+
+
+def teach(learner: DraftLearner, lessons: Sequence[RecordedSample], rounds: int) -> list[Mapping[str, float]]:
+    """Train on lessons again and again; returns what each optimizer step found."""
+    return [found for _ in range(rounds) for found in learner.learn(lessons)]

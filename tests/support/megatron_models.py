@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer_cases import VOCAB, write_tokenizer
 
+from miles.weights.hf_folder import mimo
+
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 1,
@@ -43,6 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
     "Qwen2, Qwen2.5": ("Qwen2", {}),
+    "MiMo": ("MiMo", {"num_nextn_predict_layers": 1}),
     "Qwen2-MoE": (
         "Qwen2Moe",
         {**_EXPERTS, "num_experts": EXPERTS, "shared_expert_intermediate_size": 24, "norm_topk_prob": False},
@@ -101,6 +104,9 @@ def config_of(family: str, **sizes: Any) -> Any:
     import transformers
 
     prefix, changes = FAMILIES[family]
+    if prefix == "MiMo":
+        mimo.register()
+        return transformers.AutoConfig.for_model("mimo", **{**SIZES, **changes, **sizes})
     text = "TextConfig" if prefix in ("Gemma3", "Gemma3n", "Llama4") else "Config"
     return getattr(transformers, prefix + text)(**{**SIZES, **changes, **sizes})
 
@@ -116,7 +122,7 @@ def write_model(family: str, folder: pathlib.Path, seed: int = 0, **sizes: Any) 
 
     torch.manual_seed(seed)
     config = config_of(family, **sizes)
-    model = getattr(transformers, architecture(family))(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases, so that a swap of two of them shows
@@ -139,6 +145,13 @@ def _add_prediction_layer(folder: pathlib.Path, config: Any, number: int) -> Non
     tensors = load_file(path)
     generator = torch.Generator().manual_seed(number)
     last, own = (f"model.layers.{config.num_hidden_layers + offset}." for offset in (-1, number))
+    names = {"enorm": "enorm", "hnorm": "hnorm", "shared_head.norm": "shared_head.norm", "eh_proj": "eh_proj"}
+    if config.model_type == "mimo":
+        own, other = (
+            f"model.mtp_layers.{number}.",
+            ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_proj"),
+        )
+        names = dict(zip(names, other, strict=True))
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.2
@@ -147,8 +160,11 @@ def _add_prediction_layer(folder: pathlib.Path, config: Any, number: int) -> Non
         tensors[own + name.removeprefix(last)] = random(*tensors[name].shape)
     size = config.hidden_size
     for name in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{own}{name}.weight"] = 1 + random(size)
-    tensors[f"{own}eh_proj.weight"] = random(size, 2 * size)
+        tensors[f"{own}{names[name]}.weight"] = 1 + random(size)
+    tensors[f"{own}{names['eh_proj']}.weight"] = random(size, 2 * size)
+    if config.model_type == "mimo":
+        save_file(tensors, path, metadata={"format": "pt"})
+        return
     tensors[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, path, metadata={"format": "pt"})

@@ -35,6 +35,9 @@ zamba2
 )
 """Model types of which transformers has a causal language model."""
 
+OWN_TYPES = _names("mimo")
+"""Model types that `miles.weights.hf_folder` makes known to transformers."""
+
 BRIDGED = _names(
     """
 DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM Exaone4ForCausalLM ExaoneMoeForCausalLM
@@ -46,6 +49,9 @@ Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
     """
 )
 """Architectures among those that megatron-bridge converts."""
+
+OWN_ARCHITECTURES = _names("MiMoForCausalLM")
+"""Architectures of `OWN_TYPES`, which megatron-bridge converts and SGLang serves."""
 
 SERVED = _names(
     """

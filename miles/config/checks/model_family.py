@@ -60,7 +60,7 @@ def _unknown(s: FlatSettings, model: Model) -> Fault | None:
     if own != kind:
         problem = f"its config.json calls a {architecture} a {kind}, which transformers knows as a {own}"
         return Fault("hf_checkpoint", s.hf_checkpoint, problem, f"set model_type to {own} in it")
-    if kind not in known_models.TYPES:
+    if kind not in known_models.TYPES | known_models.OWN_TYPES:
         problem = f"{known_models.TRANSFORMERS} has no causal language model of type {kind}"
         return Fault("hf_checkpoint", s.hf_checkpoint, problem, "give another model")
     return None
@@ -110,6 +110,7 @@ def attention_limit(model: Model) -> tuple[str, int] | None:
 def _not_in(known: frozenset[str], problem: str, model: Model) -> str | None:
     """A fault for an architecture that is named and not known."""
     architecture = _architecture(model)
+    known = known | known_models.OWN_ARCHITECTURES
     return f"{problem} {architecture}" if architecture and architecture not in known else None
 
 

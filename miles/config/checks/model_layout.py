@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 from collections.abc import Iterator
@@ -160,6 +161,14 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
         problem = f"the model has {layers} MTP layers"
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
+    layout, count = s.pipeline_model_parallel_layout, model.get("num_hidden_layers")
+    if s.mtp_num_layers is None or layout is None or not isinstance(count, int):
+        return
+    with contextlib.suppress(SplitError):  # reported by itself
+        split = split_of(s)
+        if count - 1 not in split.layers_of(split.stages - 1, count):
+            problem = "its last stage has no layer (t), and MTP layers are made like the last one there"
+            yield Fault("pipeline_model_parallel_layout", layout, problem, "write tL at its end")
 
 
 def _recomputation_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:

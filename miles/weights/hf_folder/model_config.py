@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from miles.precision.quantization_config import QUANTISED_BY
+from miles.weights.hf_folder import mimo
 
 
 def read_model_config(folder: str | pathlib.Path) -> Any:
@@ -15,6 +16,7 @@ def read_model_config(folder: str | pathlib.Path) -> Any:
     """
     from transformers import AutoConfig
 
+    mimo.register()
     config = AutoConfig.from_pretrained(folder)
     for key in QUANTISED_BY:
         if getattr(config, key, None) is not None:

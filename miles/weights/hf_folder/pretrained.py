@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.weights.hf_folder import mimo
 from miles.weights.hf_folder.model_config import read_model_config
 from miles.weights.hf_folder.plain_tensors import PlainTensors
 
@@ -26,6 +27,7 @@ def read_model(folder: str | pathlib.Path, dtype: torch.dtype, **options: Any) -
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel
+    mimo.register()
     tensors = PlainTensors(folder, dtype)
     if tensors.recipe is None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)

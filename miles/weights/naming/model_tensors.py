@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from miles.weights.hf_folder import mimo
 from miles.weights.hf_folder.model_config import read_model_config
 from miles.weights.naming.conversion import Conversion, Shapes
 from miles.weights.naming.rules import conversion_of
@@ -88,14 +89,18 @@ def shared_by_mtp(name: str) -> str | None:
 
 
 def _prediction_layers(checkpoint: Shapes, config: Any) -> Shapes:
-    """Those of MTP layers as DeepSeek-V3 and GLM-4.5 have them: a decoder layer like the last, and what feeds it."""
+    """Those of MTP layers as DeepSeek-V3, GLM-4.5 and MiMo have them: a layer like the last, and what feeds it."""
     count = int(getattr(config, "num_nextn_predict_layers", None) or 0)
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    place, start, projection, norms = "model.layers", layers, "eh_proj", ("enorm", "hnorm", "shared_head.norm")
+    if config.model_type == mimo.MODEL_TYPE:
+        place, start, projection = "model.mtp_layers", 0, "input_proj"
+        norms = ("token_layernorm", "hidden_layernorm", "final_layernorm")
     last = f"model.layers.{layers - 1}."
     shapes: dict[str, tuple[int, ...]] = {}
-    for number in range(count):
-        own = f"model.layers.{layers + number}."
+    for number in range(start, start + count):
+        own = f"{place}.{number}."
         shapes |= {own + name.removeprefix(last): s for name, s in checkpoint.items() if name.startswith(last)}
-        shapes |= {f"{own}{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
-        shapes[f"{own}eh_proj.weight"] = (width, 2 * width)
+        shapes |= {f"{own}{name}.weight": (width,) for name in norms}
+        shapes[f"{own}{projection}.weight"] = (width, 2 * width)
     return shapes

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_llama import dense_model, logits
 from trainer_cases import write_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples.smollm2_chain_sum.upcycle import main, upcycle
+from miles.weights.naming.model_tensors import read_model_tensors
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}])
@@ -63,3 +65,17 @@ def test_a_checkpoint_is_written_with_its_tokenizer(tmp_path: pathlib.Path) -> N
 def test_what_cannot_be_expressed_is_refused(changes: dict[str, Any], top_k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         upcycle(dense_model(**changes), 4, top_k)
+
+
+def test_mtp_layers_that_have_learnt_nothing_are_added(tmp_path: pathlib.Path) -> None:
+    dense = dense_model()
+    dense.save_pretrained(tmp_path / "dense")
+    write_tokenizer(tmp_path / "dense")
+    main(["--model", str(tmp_path / "dense"), "--out", str(tmp_path / "moe"), "--mtp-layers", "2"])
+    tensors = read_model_tensors(tmp_path / "moe")
+    assert tensors.config.num_nextn_predict_layers == 2
+    stored = load_file(tmp_path / "moe" / "model.safetensors")
+    expected = {**tensors.conversion.checkpoint_shapes(tensors.module), **tensors.mtp}
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == expected
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=0, atol=1e-4)

@@ -97,6 +97,16 @@ def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path
             "tensor_model_parallel_size = 2, but multi-head latent attention is split over ranks by",
         ),
         (DENSE, {"mtp_num_layers": 1}, "mtp_num_layers = 1, but the model has 0 MTP layers"),
+        (
+            {**DENSE, "num_nextn_predict_layers": 1},
+            {
+                "mtp_num_layers": 1,
+                "actor_num_gpus_per_node": 2,
+                "pipeline_model_parallel_size": 2,
+                "pipeline_model_parallel_layout": f"Et*{DENSE['num_hidden_layers']}|L",
+            },
+            "but its last stage has no layer (t), and MTP layers are made like the last one there",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_says_why(

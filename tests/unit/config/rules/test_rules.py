@@ -17,6 +17,7 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+EAGLE = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "draft"}
 EAGLE3 = {"sglang_speculative_algorithm": "EAGLE3"}
 TRAINED_DRAFT = {**EAGLE3, "enable_draft_training": True}
 TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
@@ -197,10 +198,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"qkv_format": "bshd", "context_parallel_size": 2, "actor_num_gpus_per_node": 2},
         "qkv_format = bshd, but context_parallel_size = 2 cuts packed samples; set it to thd",
-    ),
-    (
-        {"qkv_format": "bshd", "enable_mtp_training": True, "mtp_num_layers": 1},
-        "qkv_format = bshd, but enable_mtp_training learns from packed samples; set it to thd",
     ),
     (
         {"qkv_format": "bshd", "moe_aux_loss_coeff": 0.1},
@@ -453,10 +450,11 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
             "train_backend": "megatron",
             "enable_mtp_training": True,
             "mtp_num_layers": 1,
-            "actor_num_gpus_per_node": 2,
-            "context_parallel_size": 2,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 2,
         },
-        "enable_mtp_training = true, but MTP layers are trained only where a rank has all of each",
+        "recompute_num_layers = 2, but MTP layers are recomputed one by one",
     ),
     (
         {"train_backend": "megatron", "mtp_loss_scaling_factor": 0.5},
@@ -737,6 +735,38 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     (
         {**SGLANG, "sglang_speculative_accept_threshold_acc": 0.8},
         "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
+    ),
+    (
+        {**SGLANG, "device": "cpu", "sglang_speculative_algorithm": "NGRAM"},
+        "sglang_speculative_algorithm = NGRAM, but on a CPU SGLang verifies drafts greedily",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "observe_rollout_routing": True},
+        "sglang_speculative_algorithm = NGRAM, but SGLang loses the experts of tokens that it verifies so",
+    ),
+    (
+        {**SGLANG, **EAGLE, "sglang_speculative_eagle_topk": 2, "use_rollout_routing_replay": True},
+        "sglang_speculative_eagle_topk = 2, but SGLang returns experts of branches that were not accepted",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_adaptive": True},
+        "sglang_speculative_adaptive = true, but SGLang cannot change the steps of NGRAM while it runs",
+    ),
+    (
+        {**SGLANG, **EAGLE, "sglang_speculative_adaptive": True, "sglang_enable_two_batch_overlap": True},
+        "sglang_speculative_adaptive = true, but SGLang does not adapt steps with enable_two_batch_overlap",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_use_rejection_sampling": True},
+        "sglang_speculative_use_rejection_sampling = true, but SGLang has it for EAGLE, EAGLE3 and NEXTN",
+    ),
+    (
+        {
+            **(SGLANG | EAGLE),
+            "sglang_speculative_use_rejection_sampling": True,
+            "sglang_speculative_adaptive_config": "tiers.json",
+        },
+        "sglang_speculative_use_rejection_sampling = true, but SGLang's rejection sampling fails in a step without",
     ),
     (
         {**SGLANG, "sglang_speculative_algorithm": "NEXTN", "draft_responses_per_prompt": 2},
@@ -1026,7 +1056,13 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({**TRAINED_DRAFT, "draft_train_device": "gpu"}, "draft_train_device = gpu, but it names no device; set it to cpu"),
     (
-        {**TRAINED_DRAFT, "draft_train_device": "cuda:1", "device": "cpu"},
+        {
+            **(TRAINED_DRAFT | TORCH_DRAFTS),
+            "sglang_speculative_algorithm": "STANDALONE",
+            "sglang_speculative_draft_model_path": "d",
+            "draft_train_device": "cuda:1",
+            "device": "cpu",
+        },
         "draft_train_device = cuda:1, but device is cpu",
     ),
     (
@@ -1099,6 +1135,11 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
     "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
+    "routing of chains of drafts": {
+        **(SGLANG | EAGLE),
+        "observe_rollout_routing": True,
+        "sglang_speculative_adaptive": True,
+    },
     "a head that begins from nothing": TRAINED_DRAFT,
     "a head trained by what was sampled": {**TRAINED_DRAFT, "draft_loss": "ce", "draft_unroll_steps": 2},
     "drafts from text in the torch engine": {

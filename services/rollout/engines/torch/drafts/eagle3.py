@@ -204,7 +204,10 @@ class Eagle3Proposer:
     def _forward(self, hidden_ND: torch.Tensor, tokens_N: torch.Tensor, step: AttentionStep) -> torch.Tensor:
         """The head's output [N, D] for rows that read these hidden states and tokens of the policy's."""
         model: Any = self._policy.model
-        embeds_ND = model.get_input_embeddings()(tokens_N)
+        table_VD = (
+            model.get_input_embeddings().weight
+        )  # itself: some models scale what they look up, and SGLang does not
+        embeds_ND = torch.nn.functional.embedding(tokens_N, table_VD)
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))

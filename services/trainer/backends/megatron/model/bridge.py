@@ -12,10 +12,17 @@ from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedML
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import StateDict, StateSource
 
+from miles.weights.hf_folder import mimo
 from miles.weights.hf_folder.model_config import read_model_config
 from miles.weights.hf_folder.plain_tensors import PlainTensors
 
 _GROUPED = ("mlp.experts.linear_fc1.weight*", "mlp.experts.linear_fc2.weight*")
+
+_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Norms in TransformerEngine's matrices, and in layers that have them apart; the bridge knows it of decoder layers."""
 
 
 class FolderTensors(StateSource):  # type: ignore[misc]
@@ -56,6 +63,7 @@ class LayerBridge(AutoBridge):  # type: ignore[misc]
     @classmethod
     def from_folder(cls, folder: pathlib.Path) -> Self:
         """The bridge of a Hugging Face folder's model. Raises ValueError for a model that there is no bridge for."""
+        mimo.register()
         bridge: Self = cls.from_hf_pretrained(str(folder))
         bridge.hf_pretrained = PlainPretrained.from_pretrained(str(folder))
         return bridge
@@ -81,7 +89,9 @@ class LayerBridge(AutoBridge):  # type: ignore[misc]
         return bridge
 
     def _changed(self, mappings: list[Any]) -> list[Any]:
-        return [_whole(mapping) for mapping in mappings]
+        known = {mapping.megatron_param for mapping in mappings}
+        norms = [norm for mapping in mappings if (norm := _norm_apart(mapping)).megatron_param not in known]
+        return [_whole(mapping) for mapping in (*mappings, *norms)]
 
 
 class SingleExpertBridge(LayerBridge):
@@ -92,6 +102,15 @@ class SingleExpertBridge(LayerBridge):
         added = [_single(mapping) for mapping in mappings if mapping.megatron_param.endswith(_GROUPED)]
         new = [mapping for mapping in added if mapping is not None and mapping.megatron_param not in known]
         return super()._changed([*mappings, *new])
+
+
+def _norm_apart(mapping: Any) -> Any:
+    """The mapping of an MTP layer's norm where it is not fused with the matrix behind it; others unchanged."""
+    name = mapping.megatron_param
+    for fused, apart in _NORMS.items():
+        if name.startswith("mtp.") and name.endswith(fused):
+            return AutoMapping(name.removesuffix(fused) + apart, mapping.hf_param)
+    return mapping
 
 
 def _whole(mapping: Any) -> Any:

@@ -26,7 +26,8 @@ def borrow_embeddings(chunks: list[Any], parallel: ParallelRank) -> torch.Tensor
 
     bare: list[Any] = unwrap_model(chunks)
     if parallel.pipeline_size == 1:
-        return bare[0].embedding.word_embeddings.weight.detach()
+        own_VH: torch.Tensor = bare[0].embedding.word_embeddings.weight.detach()
+        return own_VH
     is_first = parallel.pipeline_rank == 0
     if not (is_first or parallel.is_last_stage):
         return None

@@ -45,7 +45,7 @@ class MtpTraining:
         from megatron.core.utils import unwrap_model
 
         self._chunks = chunks
-        self._last = next((chunk for chunk in unwrap_model(chunks) if getattr(chunk, "mtp", None) is not None), None)
+        self._last: Any = next((c for c in unwrap_model(chunks) if getattr(c, "mtp", None) is not None), None)
         self._parallel = parallel
         self._device = device
         self._weight = weight

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from draft_kit import LAYERS, TOKENS, learner_of, save_standalone, teach, tiny_policy
+from draft_kit import LAYERS, TOKENS, learner_of, lessons_of, save_standalone, teach, tiny_policy
 from torch_drafts import Driver, Generated, request_of
 from torch_engine_models import weights_of
 
@@ -36,11 +36,11 @@ def draft(
         write_new_head(policy[0], folder, draft_vocab=TOKENS + 1)
         layers = aux_layers(str(folder), LAYERS)
         learner = learner_of(TrainableHead(folder, layers, loss="kl", unroll_steps=STEPS, device=CPU))
-        teach(learner, policy[1], (EMBEDDING, *layers), 8)
+        teach(learner, lessons_of(policy[1], (EMBEDDING, *layers)), 4)
     else:
         save_standalone(folder)
         learner = learner_of(TrainableLanguageModel(folder, 320, loss="kl", steps=STEPS, device=CPU))
-        teach(learner, policy[1], (), 8)
+        teach(learner, lessons_of(policy[1], ()), 4)
     return Speculation(request.param, str(folder), num_steps=STEPS, adaptive=False), dict(learner.export())
 
 
@@ -63,22 +63,26 @@ def generate(
     return driver.run(*requests), driver.generator
 
 
-def test_responses_are_the_same_with_drafts_and_most_of_them_are_accepted(policy, draft):
+@pytest.fixture(scope="module")
+def without(policy: tuple[pathlib.Path, Any]) -> dict[str, Any]:
+    """Responses by a policy without drafts."""
+    return {name: each.alike() for name, each in generate(policy, None, None)[0].items()}
+
+
+def test_responses_are_the_same_with_drafts_and_most_of_them_are_accepted(policy, draft, without):
     speculation, trained = draft
-    without, _ = generate(policy, None, None)
     responses, generator = generate(policy, speculation, trained)
 
-    assert {name: each.alike() for name, each in responses.items()} == {n: e.alike() for n, e in without.items()}
+    assert {name: each.alike() for name, each in responses.items()} == without
     counts = generator.drafting.state.counts[-1]
     assert counts.draft_version == 3
     assert 1 + counts.accepted_draft_tokens / counts.verify_count > 2.5  # of 4 at most
 
 
-def test_drafts_of_an_untrained_model_are_wrong_and_responses_are_the_same(policy, draft):
-    without, _ = generate(policy, None, None)
+def test_drafts_of_an_untrained_model_are_wrong_and_responses_are_the_same(policy, draft, without):
     responses, generator = generate(policy, draft[0], None)
 
-    assert {name: each.alike() for name, each in responses.items()} == {n: e.alike() for n, e in without.items()}
+    assert {name: each.alike() for name, each in responses.items()} == without
     counts = generator.drafting.state.counts[-1]
     assert counts.draft_version is None
     assert 1 + counts.accepted_draft_tokens / counts.verify_count < 1.5
