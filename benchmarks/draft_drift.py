@@ -1,21 +1,24 @@
 """How a draft falls behind a policy that learns, and what training it beside the policy changes, step by step.
 
     python -m benchmarks.draft_drift
-    python -m benchmarks.draft_drift --num-rollout 40 --lr 1e-3
+    python -m benchmarks.draft_drift --num-rollout 40 --lr 5e-4
 
-Whole runs of train.py on the CPU, all services included: the same GRPO run with a draft that stays as it is (frozen) and
-with one that is trained beside the policy (online). The policy is a tiny model that counts: after each digit comes the
-next one, four times out of five, or the one three further. Its reward is the share of threes, so that it learns to say
-something else at every position. The draft, a small language model, starts as a copy of the policy. Responses depend on
-weights, prompts and seeds alone, so both runs train the same policy, which is checked. Further flags go to train.py.
+Whole runs of train.py on the CPU, all services included: the same GRPO run with a draft that stays as it is (frozen)
+and with one that is trained beside the policy (online). The policy is a tiny model that counts: after each digit comes
+the next one, four times out of five, or the one three further. Its reward is the share of threes, so that it learns to
+say something else at every position. The draft, a small language model, starts as a copy of the policy.
+
+`threes` is the mean reward, `KL` the mean divergence from the initial policy (k1, nats a token). `frozen` and `online`
+are the mean tokens per verification, at most one more than the steps that are drafted; in the last step of a draft that
+keeps up it is where it began. Responses depend on weights, prompts and seeds alone, so both runs train the same policy,
+which is checked. Further flags go to train.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import json
-import os
 import pathlib
 import random
 import subprocess
@@ -26,18 +29,20 @@ from typing import Any
 
 import torch
 
-from examples.tiny.make import END, VOCABULARY, make_model, make_tokenizer
+from examples.tiny.make import VOCABULARY, make_model, make_tokenizer
 from miles.types import Sample
 
-MODES: dict[str, tuple[str, ...]] = {
-    "frozen": (),
-    "online": (
-        "--enable-draft-training",
-        "--draft-learning-rate=3e-3",
-        "--draft-batch-tokens=1024",
-        "--draft-passes=2",
-    ),
+MODES: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "online": {
+        "enable_draft_training": True,
+        "draft_learning_rate": 3e-3,
+        "draft_batch_tokens": 1024,
+        "draft_passes": 2,
+    },
 }
+"""Settings of each run that the other does not have."""
+DRAFT_STEPS = 3
 PROMPTS, PROMPT_DIGITS, RESPONSE_TOKENS = 512, 3, 32
 USUAL, REWARDED = 1, 3
 """What the policy adds to a digit at first, and what it is rewarded for."""
@@ -47,11 +52,11 @@ _USUALLY = 0.8
 async def share_of_threes(sample: Sample) -> float:
     """The share of digits of a response that are REWARDED above the digit before, modulo 10."""
     digits = [int(character) for character in sample.response if character.isdigit()]
-    rises = [(after - before) % 10 for before, after in zip(digits, digits[1:], strict=False)]
+    rises = [(after - before) % 10 for before, after in itertools.pairwise(digits)]
     return rises.count(REWARDED) / max(1, len(rises))
 
 
-def make(folder: pathlib.Path, *, seed: int = 0, steps: int = 120, batch: int = 32) -> float:
+def make(folder: pathlib.Path, *, seed: int = 0, steps: int = 60, batch: int = 16) -> float:
     """Write `folder`/model, `folder`/draft (the same) and `folder`/train.jsonl; returns the last loss, in nats a token.
 
     Takes some seconds on one core. Touches torch's global generator.
@@ -90,12 +95,16 @@ def _counted(rng: random.Random) -> list[int]:
     return [index[token] for token in (*text[:PROMPT_DIGITS], ">", *text[PROMPT_DIGITS:])]
 
 
-def command(folder: pathlib.Path, run_dir: pathlib.Path, steps: int, more: Sequence[str] = ()) -> list[str]:
-    """Command line of a run."""
-    settings: dict[str, Any] = {
+def settings(folder: pathlib.Path, mode: str, steps: int) -> dict[str, Any]:
+    """Settings of a run on what `make` wrote to `folder`.
+
+    The learning rate falls to 0 at two thirds of the run, so that a draft that is published some steps later, as on a
+    busy machine, can still be seen to arrive.
+    """
+    return {
         "device": "cpu",
-        "hf_checkpoint": folder / "model",
-        "prompt_data": folder / "train.jsonl",
+        "hf_checkpoint": str(folder / "model"),
+        "prompt_data": str(folder / "train.jsonl"),
         "input_key": "prompt",
         "label_key": "label",
         "custom_rm_path": "benchmarks.draft_drift.share_of_threes",
@@ -104,6 +113,7 @@ def command(folder: pathlib.Path, run_dir: pathlib.Path, steps: int, more: Seque
         "n_samples_per_prompt": 16,
         "rollout_max_response_len": RESPONSE_TOKENS,
         "rollout_dtype": "float32",
+        "rollout_backend": "torch",
         "train_dtype": "float32",
         "max_running_requests": 128,
         "lr": 1e-3,
@@ -112,8 +122,54 @@ def command(folder: pathlib.Path, run_dir: pathlib.Path, steps: int, more: Seque
         "use_dynamic_batch_size": True,
         "max_tokens_per_gpu": 8192,
         "calculate_per_token_loss": True,
-        "run_dir": run_dir,
-        "name": run_dir.name,
+        "sglang_speculative_algorithm": "STANDALONE",
+        "sglang_speculative_draft_model_path": str(folder / "draft"),
+        "sglang_speculative_num_steps": DRAFT_STEPS,
+        "sglang_speculative_adaptive": False,
+        **MODES[mode],
     }
-    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in settings.items()]
-    return [sys.executable, "train.py", *flags, *more]
+
+
+def run(folder: pathlib.Path, mode: str, steps: int, more: Sequence[str]) -> list[dict[str, Any]]:
+    """Train to the end; returns the metrics of each step."""
+    run_dir = folder / mode
+    given = settings(folder, mode, steps) | {"run_dir": run_dir, "use_kl_loss": True}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if not isinstance(value, bool)]
+    flags += [
+        f"--{'' if value else 'no-'}{key.replace('_', '-')}" for key, value in given.items() if value in (True, False)
+    ]
+    command = [sys.executable, "train.py", *flags, *more]
+    log = run_dir.with_suffix(".log")
+    with log.open("w") as output:
+        code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
+    if code != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-4000:]}")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "rollout/raw_reward" in line]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-rollout", type=int, default=24, help="steps of each run")
+    flags, more = parser.parse_known_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        make(folder)
+        frozen, online = (run(folder, mode, flags.num_rollout, more) for mode in MODES)
+    rewards = [[line["rollout/raw_reward"] for line in lines] for lines in (frozen, online)]
+    if rewards[0] != rewards[1]:
+        raise SystemExit(f"the runs trained different policies: rewards {rewards[0]} and {rewards[1]}")
+    print("step  threes     KL  frozen  online  draft version")
+    for before, after in zip(frozen, online, strict=True):
+        lengths = [line["rollout/spec_accept_length"] for line in (before, after)]
+        version = after.get("speculative/draft_version")
+        print(
+            f"{before['step']:4}  {before['rollout/raw_reward']:6.3f}  {before['train/kl_loss']:5.2f}  "
+            f"{lengths[0]:6.2f}  {lengths[1]:6.2f}  {'-' if version is None else int(version):>13}"
+        )
+
+
+if __name__ == "__main__":
+    main()

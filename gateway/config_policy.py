@@ -25,6 +25,21 @@ _WITH_ROWS = ("prompt_data", "eval_prompt_data")
 """Settings whose files may be given with rows; in another one they would be part of the path."""
 _DUMPS = ("save_debug_rollout_data", "save_debug_train_data", "dump_details", "ci_save_grad_norm")
 """Settings of files that a job writes outside of its run folder."""
+_SPECULATION = frozenset(
+    f"sglang_{name}"
+    for name in (
+        "speculative_algorithm",
+        "speculative_num_steps",
+        "speculative_eagle_topk",
+        "speculative_num_draft_tokens",
+        "speculative_adaptive",
+        "speculative_use_rejection_sampling",
+        "enable_draft_weights_cpu_backup",
+    )
+)
+"""Flags of engines that any job may give: what engines draft with, and how much."""
+_DRAFT_FOLDER = "sglang_speculative_draft_model_path"
+"""A flag of engines that names a folder."""
 _DEFAULT_NAME = "job"
 """Name of a job that gives none."""
 
@@ -57,6 +72,9 @@ def review(body: Mapping[str, Any], policy: GatewayOptions, idempotency_key: str
             faults += found or _writes_a_root(key, flat[key], policy)
         elif entry is not None and entry.dotted_path is not None:
             faults += _allowed_module(entry, value, policy)
+        elif key == _DRAFT_FOLDER and isinstance(value, str):
+            flat[key], found = _confined_path(key, value, policy)
+            faults += found
         elif entry is None:
             faults += _allowed_passthrough(key, value, policy)
     faults += _name_and_run_dir(flat, mistyped, policy, idempotency_key)
@@ -163,6 +181,8 @@ def _allowed_module(entry: Entry, value: str, policy: GatewayOptions) -> list[Fa
 def _allowed_passthrough(key: str, value: Any, policy: GatewayOptions) -> list[Fault]:
     if not key.startswith(tuple(passthroughs())) or key in policy.allowed_passthrough:
         return []  # the controller reports unknown keys
+    if key in _SPECULATION and isinstance(value, int | str):
+        return []
     problem = "jobs may not give the engine this flag"
     return [Fault(key, value, problem, f"leave it out, or have the gateway started with --allowed-flag {key}")]
 

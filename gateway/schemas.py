@@ -172,7 +172,7 @@ class Worker(BaseModel):
     """A process that serves jobs."""
 
     id: str = Field(examples=["rollout-0"])
-    kind: Literal["rollout", "trainer", "trainer_node", "reward", "weightsync"]
+    kind: Literal["rollout", "trainer", "trainer_node", "draft_trainer", "reward", "weightsync"]
     health: Literal["good", "stuck", "quarantined", "lost"] = Field(
         description="stuck: sends heartbeats without progress; quarantined: out of routing until it holds verified "
         "weights; lost: sends no heartbeats"

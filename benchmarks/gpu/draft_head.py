@@ -1,10 +1,11 @@
 """An EAGLE-3 head from nothing for a policy of which a small model gives the same answers, trained on these.
 
-    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large --dtype bfloat16
+    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large
     python -m benchmarks.gpu.draft_head --policy .cache/large --answers .cache/smollm2-135m-instruct --out .cache/head
 
 The small model (it may be the policy) answers prompts of `--task`; the policy's hidden states and likeliest tokens over
-these are recorded as the trainer records them, and the head learns from them for `--seconds`, as the draft trainer would.
+these are recorded as the trainer records them, and the head learns from them for `--seconds`, as the draft trainer
+would.
 """
 
 from __future__ import annotations

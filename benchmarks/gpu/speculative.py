@@ -1,15 +1,16 @@
-"""Speculative rollouts over a GRPO run in which the policy moves: without a draft, with a frozen one, with one trained on.
+"""Speculative rollouts over a GRPO run in which the policy moves: no draft, a frozen one, one that is trained on.
 
     python -m examples.smollm2_chain_sum.prepare
-    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large --dtype bfloat16
+    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large
     python -m benchmarks.gpu.draft_head --policy .cache/large --answers .cache/smollm2-135m-instruct --out .cache/head
     python -m benchmarks.gpu.speculative --policy .cache/large --head .cache/head
 
 1. Two runs begin with the same policy and the same EAGLE-3 head: `online` trains the head beside the policy, `frozen`
    does not. They share the GPU, so their times say nothing; their acceptance by step does.
 2. A server without a draft and one with the head answer from pools of 1, 8, 32 and 128 requests, in which the next
-   request begins as one ends: with the policy of the beginning, and with that of the end of the online run, there with the
-   head of the beginning (frozen) and that of the end (online). `--seconds` of steady decoding each; the servers take turns.
+   request begins as one ends: with the policy of the beginning, and with that of the end of the online run, there
+   with the head of the beginning (frozen) and that of the end (online). `--seconds` of steady decoding each; the
+   servers take turns.
 
 `tokens` are those of a verification: 1 is a draft of which nothing is accepted.
 """
@@ -65,7 +66,7 @@ def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[
     flags += ["--rollout-batch-size", str(args.prompts), "--n-samples-per-prompt", str(args.samples)]
     flags += ["--rollout-max-response-len", str(args.tokens), "--no-save-optim"]
     flags += ["--train-backend", "fsdp", "--device", args.device, "--rollout-backend", args.engine]
-    flags += passed(speculation(args)) + ["--draft-acceptance-alarm", "1.01"]
+    flags += [*passed(speculation(args)), "--draft-acceptance-alarm", "1.01"]
     if name == "online":
         flags += ["--enable-draft-training", "--draft-learning-rate", str(args.draft_lr)]
         flags += ["--draft-tokens-per-step", str(args.draft_tokens)]

@@ -2,10 +2,10 @@
 
     python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/smollm2-large
 
-- Wider: hidden size D → D'. Embeddings, and what reads from or adds to the residual stream, get zeros. A norm then takes
-  its mean over D' elements, of which D are not zero; weights times sqrt(D / D') and an epsilon times D / D' make up for
-  it. Feed-forward layers get hidden units, and attention gets heads, whose weights are zero: each group of query heads
-  that share a key grows, and there are more groups.
+- Wider: hidden size D → D'. Embeddings, and what reads from or adds to the residual stream, get zeros. A norm then
+  takes its mean over D' elements, of which D are not zero; weights times sqrt(D / D') and an epsilon times D / D'
+  make up for it. Feed-forward layers get hidden units, and attention gets heads, whose weights are zero: each group
+  of query heads that share a key grows, and there are more groups.
 - Deeper: layers behind the last one whose output projections are zero.
 
 Gradients of what was added are zero too where its inputs and outputs are, so training moves what the small model has; a

@@ -75,15 +75,22 @@ def speculation_of(flags: Mapping[str, Any]) -> Speculation:
         kind = DraftKind.MTP if path is None else DraftKind.EAGLE
     else:
         kind = _KINDS.get(algorithm, DraftKind.OTHER)
-    tokens = flags.get("speculative_num_draft_tokens")
-    steps = flags.get("speculative_num_steps")
-    steps = int(steps) if steps is not None else (int(tokens) - 1 if tokens is not None else DEFAULT_STEPS)
+    tokens = _count(flags.get("speculative_num_draft_tokens"))
+    steps = _count(flags.get("speculative_num_steps"))
+    if steps is None:
+        steps = DEFAULT_STEPS if tokens is None else tokens - 1
     adaptive = flags.get("speculative_adaptive")
     return Speculation(
         kind=kind,
         draft_model_path=None if path is None or kind is DraftKind.MTP else str(path),
         num_steps=steps,
-        topk=int(flags.get("speculative_eagle_topk") or 1),
-        num_draft_tokens=int(tokens) if tokens is not None else steps + 1,
+        topk=_count(flags.get("speculative_eagle_topk")) or 1,
+        num_draft_tokens=steps + 1 if tokens is None else tokens,
         adaptive=None if adaptive is None else bool(adaptive),
     )
+
+
+def _count(value: object) -> int | None:
+    """A whole number, also as text; None for anything else, which rules refuse."""
+    text = str(value)
+    return int(text) if text.isdecimal() else None

@@ -27,7 +27,7 @@ class HeadAttention(nn.Module):
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()
-        self.index, self.head_dim = index, int(config.head_dim)
+        self.layer_idx, self.head_dim = index, int(config.head_dim)
         size = config.hidden_size * (2 if index == 0 else 1)
         self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=False)
@@ -39,7 +39,7 @@ class HeadAttention(nn.Module):
         query, key, value = (
             project(input_NE).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        output = attend(self.index, rotate(query, rotation), rotate(key, rotation), value)
+        output = attend(self.layer_idx, rotate(query, rotation), rotate(key, rotation), value)
         return self.o_proj(output.flatten(-2))
 
 

@@ -25,12 +25,17 @@ _FEATURES = 3
 
 
 def write_new_head(
-    policy_folder: pathlib.Path, folder: pathlib.Path, seed: int = 0, layers: int = 1, draft_vocab: int | None = None
+    policy_folder: pathlib.Path,
+    folder: pathlib.Path,
+    seed: int = 0,
+    layers: int = 1,
+    draft_vocab: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a folder from which SGLang and the draft trainer start; the same for the same arguments.
 
-    `draft_vocab`: tokens that it can draft; None: all of the policy's. Raises ValueError for policies without what a
-    head needs.
+    `draft_vocab`: tokens that it can draft; None: all of the policy's. `dtype`: of its weights; None: the policy's.
+    Raises ValueError for policies without what a head needs.
     """
     policy = read_model_config(policy_folder).get_text_config()
     if draft_vocab is not None and not 1 <= draft_vocab <= policy.vocab_size:
@@ -38,9 +43,10 @@ def write_new_head(
     special = _special_tokens(policy_folder, policy)
     vocabulary = first_tokens(policy.vocab_size, draft_vocab or policy.vocab_size, special)
     config = new_config(policy, layers, len(vocabulary.ids_V))
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     head = _initialised(config, _stored(policy_folder), vocabulary, seed)
-    dtype = getattr(torch, config["dtype"])
-    tensors = {name: tensor.to(dtype) for name, tensor in head.state_dict().items()}
+    tensors = {name: tensor.to(getattr(torch, config["dtype"])) for name, tensor in head.state_dict().items()}
     write_draft(folder, config, {**tensors, **vocabulary.tensors()})
 
 

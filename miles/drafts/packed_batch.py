@@ -1,7 +1,7 @@
 """Samples of an optimizer step, one behind the other, as an EAGLE-3 head reads and predicts them.
 
-Dims: N rows of all samples, F recorded layers side by side, D hidden size, K likeliest tokens. Row t of a sample has the
-policy's hidden states at position t. At unrolled step j it reads token t + 1 + j and predicts token t + 2 + j.
+Dims: N rows of all samples, F recorded layers side by side, D hidden size, K likeliest tokens. Row t of a sample has
+the policy's hidden states at position t. At unrolled step j it reads token t + 1 + j and predicts token t + 2 + j.
 """
 
 from __future__ import annotations

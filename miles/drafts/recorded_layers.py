@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EMBEDDING = -1
-"""Key of the input embeddings among recorded layers: what layer 0 reads."""
+"""Key of the rows of the embedding table among recorded layers."""
 
 
 def aux_layers(draft_folder: str | None, num_layers: int) -> tuple[int, ...]:

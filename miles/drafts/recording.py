@@ -23,9 +23,9 @@ class RecordedSample:
     """T - R."""
     hidden_TD: Mapping[int, torch.Tensor]
     """By layer number i, from 0: the residual stream behind decoder layer i, in the policy's type [T - 1, D], which is
-    also what layer i + 1 reads; by `EMBEDDING` (-1) the policy's input embeddings of the tokens. There is no row of the
-    last token, which the trainer does not compute: it predicts nothing. Row `prompt_length` - 1 + r predicts response
-    token r. Empty for drafts that read tokens alone."""
+    also what layer i + 1 reads; by `EMBEDDING` (-1) the tokens' rows of the policy's embedding table. There is no row
+    of the last token, which the trainer does not compute: it predicts nothing. Row `prompt_length` - 1 + r predicts
+    response token r. Empty for drafts that read tokens alone."""
     top_tokens_RK: torch.Tensor
     """The policy's likeliest tokens for each response token, from the likeliest on, int64 [R, K]; -1 where the
     vocabulary has fewer, with log-probability -inf."""

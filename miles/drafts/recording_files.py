@@ -29,6 +29,7 @@ SAMPLES = "samples.safetensors"
 _PARTIAL = ".partial"
 _DOOMED = ".deleted"
 _NAME = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(rf"step-\d{{8,}}({_PARTIAL}|{_DOOMED})+".replace(".", r"\."))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,8 +134,8 @@ def discard_from(root: pathlib.Path, step: int) -> None:
     for path in _complete(root):
         if (step_of(path) or 0) >= step:
             discard(path)
-    for pattern in (f"step-*{_PARTIAL}", f"step-*{_DOOMED}"):
-        for path in root.glob(pattern):
+    for path in root.glob("step-*"):
+        if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path)
 
 
@@ -150,7 +151,8 @@ def discard(folder: pathlib.Path) -> None:
 
 
 def _complete(root: pathlib.Path) -> Sequence[pathlib.Path]:
-    return [path for path in root.glob("step-*") if step_of(path) is not None]
+    """What is certainly a recording, and may be deleted, whatever else is in a folder that a user has given."""
+    return [path for path in root.glob("step-*") if step_of(path) is not None and (path / SAMPLES).is_file()]
 
 
 def _write(path: pathlib.Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

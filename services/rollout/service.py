@@ -23,6 +23,7 @@ from miles.services.rollout.groups.messages import sampling_from_proto
 from miles.services.rollout.job import RolloutJob
 from miles.services.rollout.run_stream import RunStream
 from miles.services.rollout.serving.pauses import PauseRefused
+from miles.services.rollout.speculation_progress import drafting_load
 from miles.types.convert import array_from_proto, array_to_proto
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         )
 
     def progress(self) -> rollout_pb2.RunProgress:
-        """Counters over all jobs; the version only when there is one job."""
+        """Counters over all jobs; version and drafts only when there is one job."""
         all_progress = [job.progress() for job in self._jobs.values()]
         total = rollout_pb2.RunProgress(
             running_requests=sum(p.running_requests for p in all_progress),
@@ -196,6 +197,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         )
         if len(all_progress) == 1 and all_progress[0].HasField("version"):
             total.version = all_progress[0].version
+        if len(all_progress) == 1 and all_progress[0].HasField("speculation"):
+            total.speculation.CopyFrom(all_progress[0].speculation)
         return total
 
     def heartbeat(self) -> controller_pb2.WorkerHeartbeat:
@@ -205,7 +208,11 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         return controller_pb2.WorkerHeartbeat(
             progress=progress.generated_tokens,
             activity="generating" if busy else "idle",
-            load={"running_requests": progress.running_requests, "waiting_requests": progress.waiting_requests},
+            load={
+                "running_requests": progress.running_requests,
+                "waiting_requests": progress.waiting_requests,
+                **drafting_load(progress),
+            },
         )
 
     async def close(self) -> None:

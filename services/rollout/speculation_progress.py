@@ -20,6 +20,17 @@ def speculation_progress(state: SpeculationState, earlier: EarlierResponses | No
     )
 
 
+def drafting_load(progress: rollout_pb2.RunProgress) -> dict[str, float]:
+    """Return what a heartbeat says of drafts: the steps of now, and tokens per verification of the newest versions."""
+    if not progress.HasField("speculation"):
+        return {}
+    load = {"draft_steps": float(progress.speculation.num_steps)}
+    for newest in progress.speculation.counts[-1:]:
+        if newest.verify_count:
+            load["accept_length"] = 1 + newest.accepted_draft_tokens / newest.verify_count
+    return load
+
+
 def _counts(counts: SpeculationCounts) -> rollout_pb2.SpeculationCounts:
     return rollout_pb2.SpeculationCounts(
         policy_version=counts.policy_version,

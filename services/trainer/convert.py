@@ -3,6 +3,7 @@
     miles convert hf-to-hf --hf-checkpoint MODEL --save MODEL2      a text model whose weights are not quantised
     miles convert hf-to-fp8 --hf-checkpoint MODEL --save MODEL2     its matrices in blocks of FP8
     miles convert hf-to-int4 --hf-checkpoint MODEL --save MODEL2    its experts in groups of INT4
+    miles convert new-draft --hf-checkpoint MODEL --save HEAD       an EAGLE-3 head for it, from nothing
     miles convert verify --hf-checkpoint MODEL --quantised MODEL2   whether that is what MODEL becomes, bit for bit
     miles convert hf-to-dist --hf-checkpoint MODEL --save DIR       then --load DIR starts a job from it
     miles convert dist-to-hf --hf-checkpoint MODEL --load DIR --save MODEL2

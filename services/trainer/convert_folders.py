@@ -15,14 +15,14 @@ from miles.config.checks.json_file import read_json_object
 if TYPE_CHECKING:
     from miles.precision.recipe import Recipe
 
-BETWEEN_FOLDERS = ("hf-to-hf", "hf-to-fp8", "hf-to-int4")
+BETWEEN_FOLDERS = ("hf-to-hf", "hf-to-fp8", "hf-to-int4", "new-draft")
 _FORMATS = {"hf-to-fp8": "fp8_block", "hf-to-int4": "int4"}
 _SHOWN = 20
 """Differences that are named."""
 
 
 def add_folder_conversions(directions: Any) -> tuple[argparse.ArgumentParser, ...]:
-    """Add the conversions to few bits, and `verify`; return the conversions."""
+    """Add the conversions to few bits, `new-draft` and `verify`; return all but `verify`."""
     fp8 = directions.add_parser("hf-to-fp8", help="matrices of a folder in FP8 blocks of 128 x 128, to another")
     fp8.add_argument(
         "--fp8-block-scales", choices=("float32", "power_of_two"), default="float32", help="kind of the scales"
@@ -40,14 +40,20 @@ def add_folder_conversions(directions: Any) -> tuple[argparse.ArgumentParser, ..
         each.add_argument("--first-last-layers-bf16", action="store_true", help="keep the first and last layers")
         for end in ("start", "end"):
             each.add_argument(f"--num-layers-at-{end}-in-bf16", type=int, default=1, metavar="N", help="how many")
+    draft = directions.add_parser("new-draft", help="an EAGLE-3 head from nothing, for the policy in a folder")
+    draft.add_argument("--layers", type=int, default=1, metavar="N", help="decoder layers (default: 1)")
+    draft.add_argument(
+        "--draft-vocab", type=int, metavar="N", help="tokens it can draft (default: all of the policy's)"
+    )
     compared = directions.add_parser("verify", help="compare a folder in FP8 or INT4 with what another becomes")
     compared.add_argument("--hf-checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="where it is from")
     compared.add_argument("--quantised", type=pathlib.Path, required=True, metavar="DIR", help="folder in few bits")
-    return fp8, int4
+    return fp8, int4, draft
 
 
 def convert_folder(options: argparse.Namespace, partial: pathlib.Path) -> int:
     """Write a folder, which gets its name when it is complete; returns the exit code."""
+    from miles.drafts.new_head import write_new_head
     from miles.services.trainer.checkpoint.plain_model import write_plain_model
     from miles.services.trainer.checkpoint.quantised_model import write_quantised_model
     from miles.services.trainer.step import algorithm_options
@@ -57,6 +63,9 @@ def convert_folder(options: argparse.Namespace, partial: pathlib.Path) -> int:
         _require_model(source)
         if options.direction == "hf-to-hf":
             write_plain_model(source, partial, dtype)
+        elif options.direction == "new-draft":
+            layers, tokens = options.layers, options.draft_vocab
+            write_new_head(source, partial, layers=layers, draft_vocab=tokens, dtype=dtype)
         else:
             write_quantised_model(source, partial, recipe_asked(options), dtype)
         os.rename(partial, options.save)

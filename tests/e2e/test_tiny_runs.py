@@ -21,8 +21,10 @@ from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
 
 from miles.client import MilesClient
 from miles.client.commands import check_samples
+from miles.drafts.folders import checkpoint_dir, trained_dir
 from miles.rpc import ExitCode
 from miles.services.trainer.convert import main as convert
+from miles.services.trainer.drafts import checkpoint
 from miles.telemetry.trace_budget import budget
 from miles.telemetry.trace_files import read_trace
 from miles.types.stored import read_groups
@@ -381,6 +383,38 @@ def test_same_seed_same_tokens_even_when_the_trainer_is_killed(
         line["rollout/raw_reward"] for line in broken.metrics()
     ]
     assert equal(whole, broken)
+
+
+def test_killing_the_draft_trainer_changes_nothing_but_acceptance(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object], whole: Run
+) -> None:
+    """The same tokens as without any drafts, and as many recordings accounted for as there were steps."""
+    drafts = {
+        "rollout_backend": "torch",
+        "sglang_speculative_algorithm": "STANDALONE",
+        "sglang_speculative_draft_model_path": tiny_dense / "model",
+        "enable_draft_training": True,
+        "draft_batch_tokens": 512,
+    }
+    run = start_run(recipe(tiny_dense, tmp_path / "run", **short, **drafts), tmp_path / "run")
+    for steps in (3, 5):
+        run.wait_for_step(steps)
+        run.processes()["draft-trainer-0"].send_signal(signal.SIGKILL)
+    assert run.wait() == ExitCode.OK, run.output()
+    assert "recovering" not in run.log.read_text()
+    assert [line["rollout/raw_reward"] for line in run.metrics()] == [
+        line["rollout/raw_reward"] for line in whole.metrics()
+    ]
+    assert equal(whole, run)
+    lines = (run.run_dir / "logs" / "controller.log").read_text()
+    assert "draft-trainer-0 is lost, and the run goes on with the draft that it has" in lines
+    assert all("draft/version" in line for line in run.metrics())
+    found = checkpoint.load(checkpoint_dir(run.run_dir))
+    assert found is not None
+    record, _ = found
+    assert record.version >= 1
+    assert record.recorded_step + 1 == record.recordings + record.missed_recordings
+    assert (trained_dir(run.run_dir) / "config.json").is_file()
 
 
 def test_an_interrupted_run_leaves_nothing_running_and_resumes_to_the_same_weights(

@@ -17,6 +17,7 @@ from miles.client import MilesClient
 
 expect.set_options(timeout=120_000)
 VIEWS = ["", "/queue", "/samples", "/events", "/logs", "/config"]
+DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_num_draft_tokens": 4}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,10 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
 ) -> None:
     sampling = {"rollout_batch_size": 8, "n_samples_per_prompt": 8, "max_weight_staleness": 1}
     training = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 4096, "observe_training_entropy": True}
-    job_id = submit_by_curl(client.url, config(tiny_dense, name="watched", num_rollout=500, **sampling, **training))
+    alarm = {"draft_acceptance_alarm": 100.0}  # drafts that nobody can reach
+    job_id = submit_by_curl(
+        client.url, config(tiny_dense, name="watched", num_rollout=500, **sampling, **training, **DRAFTS, **alarm)
+    )
     with page(browser, client.url) as tab:
         tab.goto("/")
         tab.get_by_role("link", name="watched", exact=True).click()
@@ -69,7 +73,7 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
         wait_for_step(tab, "reward", 2)
         seen = newest_step(tab, "reward")
         wait_for_step(tab, "reward", seen + 2)
-        for chart in ("kl", "difference", "entropy", "staleness", "speed", "time"):
+        for chart in ("kl", "difference", "entropy", "staleness", "speed", "time", "acceptance"):
             assert newest_step(tab, chart) >= seen
         expect(tab.locator("#timeline .lane-name")).to_have_text(["trainer-0", "rollout-0", "reward-0", "weightsync"])
         expect(tab.locator("#timeline rect.a-train").first).to_be_attached()
@@ -78,6 +82,12 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
         screenshot(tab, "job-light")
         tab.get_by_role("tab", name="Queue and versions").click()
         expect(tab.get_by_role("row", name=re.compile("rollout-0 policy serving"))).to_be_visible()
+        drafts = tab.get_by_role("region", name="Speculative decoding", exact=True)
+        expect(drafts.get_by_role("row", name=re.compile(r"rollout-0 – (3|2|1|off) [1-4]\.\d\d "))).to_be_visible()
+        expect(drafts.get_by_role("row", name=re.compile(r"\d+ – [1-4]\.\d\d [\d.]+ % [\d,]+")).first).to_be_visible()
+        screenshot(tab, "queue-light")
+        tab.get_by_role("tab", name="Events").click()
+        expect(tab.locator("ol.events")).to_contain_text("at or below draft_acceptance_alarm = 100")
         tab.get_by_role("tab", name="Samples").click()
         tab.get_by_label("Step", exact=True).fill("1")
         tab.get_by_role("button", name="Show").click()
@@ -99,7 +109,10 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
         tab.get_by_role("button", name="Cancel").click()
         tab.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
         expect(tab.locator(".head .badge")).to_have_text("cancelled")
-    assert client.job(job_id)["state"] == "cancelled"
+    job = client.job(job_id)
+    assert job["state"] == "cancelled"
+    assert all(each["accept_length"] >= 1 for each in job["summary"]["acceptance"])
+    assert client.versions(job_id)["acceptance"] == job["summary"]["acceptance"]
     with page(browser, client.url, theme="dark") as tab:
         tab.goto(f"/#/jobs/{job_id}")
         wait_for_step(tab, "reward", seen)
@@ -111,7 +124,7 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
 def test_every_view_is_accessible_and_fits(
     client: MilesClient, browser: Browser, tiny_dense: pathlib.Path, theme: str, width: int
 ) -> None:
-    job_id = client.submit(config(tiny_dense, name="short", num_rollout=2), idempotency_key="short")["id"]
+    job_id = client.submit(config(tiny_dense, name="short", num_rollout=2, **DRAFTS), idempotency_key="short")["id"]
     wait_for(client, job_id, lambda job: job["state"] == "succeeded")
     sample = next(iter(client.samples(job_id)))
     one = f"/samples/{sample['step']}/{sample['group_id']}/{sample['index']}"

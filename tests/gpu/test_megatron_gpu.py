@@ -13,9 +13,11 @@ import pytest
 import torch
 from megatron_kit import SUPPORT, run_cases, run_python
 from megatron_models import EXPERTS, FAMILIES, TOP_K, architecture, write_model
+from recorded_reference import FLAGS as RECORDING
 from safetensors.torch import load_file
 
 from miles.config.checks.known_models import BRIDGED
+from miles.drafts.recordings import read
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,6 +90,29 @@ def test_recorded_routing_is_replayed_in_grouped_experts(tmp_path: pathlib.Path)
     assert_trained_alike(tmp_path, "engine", "recomputed")
     metrics = json.loads((tmp_path / "engine.json").read_text())["metrics"][0]
     assert metrics["train/routing_difference"] > 0.8  # the recorded experts are random
+
+
+@needs_engine
+def test_both_backends_record_alike_for_a_draft(tmp_path: pathlib.Path) -> None:
+    model = write_model("Llama", tmp_path / "model")
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    kinds: dict[str, dict[str, Any]] = {"fsdp": {"train_backend": "fsdp"}, "engine": {}, "recomputed": recompute}
+    roots = {name: {"draft_recordings_dir": str(tmp_path / f"{name}-recordings")} for name in kinds}
+    run_cases(
+        [case(name, model, **RECORDING, **roots[name], **flags) for name, flags in kinds.items()],
+        tmp_path,
+        megatron=False,
+    )
+    fsdp, engine, recomputed = (read(tmp_path / f"{name}-recordings", 0) for name in kinds)
+    assert len(fsdp) == 16
+    for ours, theirs, again in zip(engine, fsdp, recomputed, strict=True):
+        assert torch.equal(ours.tokens_T, theirs.tokens_T)
+        assert ours.hidden_TD.keys() == theirs.hidden_TD.keys()
+        for layer, hidden_TD in ours.hidden_TD.items():
+            difference = (hidden_TD.float() - theirs.hidden_TD[layer].float()).abs().mean()
+            assert difference < 0.03 * hidden_TD.float().abs().mean(), layer
+            assert torch.equal(hidden_TD, again.hidden_TD[layer])
+        assert (ours.top_log_probs_RK - theirs.top_log_probs_RK).abs().mean() < 0.05
 
 
 @needs_engine

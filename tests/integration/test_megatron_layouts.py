@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from megatron_kit import SUPPORT, needs_megatron, run_cases, run_python
 from megatron_models import EXPERTS, TOP_K, write_model
+from recorded_cases import OFTEN as RECORDED_OFTEN
+from recorded_cases import ON_FSDP, assert_recorded, fsdp_case, megatron_cases
 from safetensors.torch import load_file, save_file
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600), needs_megatron]
@@ -246,7 +248,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         megatron=False,
     )
     run_cases(
-        [case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb", "sets")],
+        [*(case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb", "sets")), fsdp_case(out)],
         out,
         ranks=2,
         megatron=False,
@@ -268,7 +270,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         loaded = case(f"{kind}-of-{source}", "moe", out, **OPTIMIZERS[kind], load=load)
         kept += [loaded, {**loaded, "name": f"{kind}-of-{source}-loaded", "steps": 2}]
     run_cases([*alone, replayed, *kept, moved, removed], out)
-    run_layouts(out, OFTEN, RESUMED_OFTEN)
+    run_layouts(out, OFTEN, RESUMED_OFTEN, megatron_cases(out, RECORDED_OFTEN))
     return out
 
 
@@ -297,8 +299,10 @@ def kept_cases(kind: str, out: pathlib.Path) -> list[dict[str, Any]]:
     return [saved, short, resumed]
 
 
-def run_layouts(out: pathlib.Path, names: Collection[str], resumed: Iterable[str]) -> None:
-    """Train in these layouts, and go on in those from a checkpoint of one process."""
+def run_layouts(
+    out: pathlib.Path, names: Collection[str], resumed: Iterable[str], more: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Train in these layouts, go on in those from a checkpoint of one process, and run more cases of two ranks."""
     for ranks in (2, 4):
         cases = [
             case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks and name in names
@@ -307,7 +311,7 @@ def run_layouts(out: pathlib.Path, names: Collection[str], resumed: Iterable[str
             kind, layout = RESUMED[name]
             load = str(out / f"saved-{kind}" / "checkpoints")
             cases.append(case(f"resumed-{name}", "moe", out, **{**OPTIMIZERS[kind], **layout}, load=load))
-        run_cases(cases, out, ranks=ranks)
+        run_cases([*cases, *(more if ranks == 2 else ())], out, ranks=ranks)
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -387,6 +391,11 @@ def test_only_parameters_that_changed_on_some_rank_are_gathered_again(spread: pa
     assert first == said["total"]
     assert 0 < one < 0.6 * first
     assert none == 0
+
+
+@pytest.mark.parametrize("name", [ON_FSDP, *RECORDED_OFTEN])
+def test_ranks_record_for_drafts_what_the_stock_model_computes(results: pathlib.Path, name: str) -> None:
+    assert_recorded(results, name)
 
 
 def test_recomputation_replays_the_same_routing(results: pathlib.Path) -> None:

@@ -35,6 +35,13 @@ def random_sample(
     )
 
 
+def random_samples(seed: int = 0, layers: Sequence[int] = (-1, 1, 3)) -> list[RecordedSample]:
+    """Three of them; one is as short as a sample can be."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((7, 3), (2, 1), (12, 11))
+    return [random_sample(generator, length=length, prompt=prompt, layers=layers) for length, prompt in shapes]
+
+
 def write_recording(root: pathlib.Path, step: int, samples: Sequence[RecordedSample], *, ranks: int = 1) -> None:
     """Write a complete recording; each rank has every `ranks`-th row, as with context parallelism."""
     for rank in range(ranks):

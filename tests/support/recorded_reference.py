@@ -13,11 +13,13 @@ from miles.drafts.recorded_layers import EMBEDDING
 from miles.drafts.recording import RecordedSample
 from miles.types import Sample, SampleGroup
 
+TEMPERATURE = {"rollout_temperature": 0.8}
 FLAGS: dict[str, Any] = {
     "enable_draft_training": True,
     "sglang_speculative_algorithm": "EAGLE3",
     "draft_top_tokens": 5,
-    "rollout_temperature": 0.8,
+    "draft_batch_tokens": 2,
+    **TEMPERATURE,
 }
 """Of a job whose trainer records."""
 
@@ -34,7 +36,7 @@ def assert_as_the_stock_model(
     layers: Sequence[int],
     *,
     top: int = FLAGS["draft_top_tokens"],
-    temperature: float = FLAGS["rollout_temperature"],
+    temperature: float = TEMPERATURE["rollout_temperature"],
 ) -> None:
     """Compare what was recorded of samples: likeliest tokens as sets exactly, numbers within rounding of float32."""
     from transformers import AutoModelForCausalLM
@@ -55,7 +57,9 @@ def assert_as_the_stock_model(
         for layer, hidden_TD in recorded.hidden_TD.items():
             expected_TD = outputs.hidden_states[layer + 1][0]  # the embeddings come first
             if layer == EMBEDDING:
-                expected_TD = stock.get_input_embeddings()(tokens_T[:-1])
+                expected_TD = stock.get_input_embeddings().weight.detach()[
+                    tokens_T[:-1]
+                ]  # some models scale what they read
             torch.testing.assert_close(hidden_TD, expected_TD, rtol=1e-4, atol=1e-5, check_stride=False)
         log_probs_RV = (outputs.logits[0, sample.prompt_length - 1 :] / temperature).log_softmax(-1)
         expected_RK, tokens_RK = log_probs_RV.topk(top)

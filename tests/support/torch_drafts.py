@@ -53,7 +53,7 @@ class Driver:
     def __init__(
         self,
         folder: pathlib.Path,
-        weights: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor] | None,
         proposer: Callable[[Policy], Proposer] | None = create_proposer,
         *,
         dtype: str = "float32",
@@ -83,7 +83,8 @@ class Driver:
             ),
             proposer or create_proposer,
         )
-        self.load(0, weights)
+        if weights is not None:
+            self.load(0, weights)
         self.responses: dict[str, Generated] = {}
         self._sequences: dict[str, Request] = {}
 
@@ -159,9 +160,12 @@ class Oracle:
         return [self._drafts(request, self._random.randint(0, steps + 1)) for request in requests]
 
     def _drafts(self, request: Request, count: int) -> list[int]:
-        assert self.known[request.request.request_id] == len(request.tokens) - 1
+        assert self.known.get(request.request.request_id, 0) == len(request.tokens) - 1
         coming = list(self._future.get(request.request.request_id, ())[request.response_length :])[:count]
-        return [t if self._random.random() < self._right else self._random.randrange(self._vocabulary) for t in coming]
+        return [t if self._random.random() < self._right else self._other(t) for t in coming]
+
+    def _other(self, token: int) -> int:
+        return (token + self._random.randrange(1, self._vocabulary)) % self._vocabulary
 
     def note_computed(self, computed: Sequence[Computed]) -> None:
         """Check that nothing was left out or told twice."""

@@ -91,7 +91,7 @@ export class Lanes {
   }
 }
 
-const KINDS = ["trainer", "rollout", "reward", "weightsync"];
+const KINDS = ["trainer", "draft-trainer", "rollout", "reward", "weightsync"];
 function byKind(a, b) {
   const rank = (name) => KINDS.findIndex((kind) => name.startsWith(kind));
   return rank(a) - rank(b) || a.localeCompare(b, "en", { numeric: true });

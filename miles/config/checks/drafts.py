@@ -18,6 +18,8 @@ from miles.drafts.folders import initial_dir
 from miles.drafts.recorded_layers import aux_layers
 
 _KEY = "sglang_speculative_draft_model_path"
+_FEWEST_LAYERS = 2
+"""Of which a head reads hidden states."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -25,7 +27,11 @@ def draft_model_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield what speaks against the folder of the draft model, as a draft for the policy."""
     speculation = speculation_of(s.sglang_args)
     path = speculation.draft_model_path
-    if path is None or not speculation.has_weights or path == str(initial_dir(pathlib.Path(s.run_dir))):
+    policy = read_json_object(pathlib.Path(str(s.hf_checkpoint)) / "config.json")
+    if path is None or not speculation.has_weights:
+        return
+    if path == str(initial_dir(pathlib.Path(s.run_dir))):
+        yield from _new_head_faults(HfConfig(policy))
         return
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -39,7 +45,6 @@ def draft_model_faults(s: FlatSettings) -> Iterator[Fault]:
         return
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         yield RunFault(_KEY, path, "there are no weights in it (*.safetensors)", "give a complete draft model")
-    policy = read_json_object(pathlib.Path(str(s.hf_checkpoint)) / "config.json")
     if speculation.kind is DraftKind.STANDALONE:
         if (why := why_other_tokens(str(s.hf_checkpoint), path)) is not None:
             yield Fault(_KEY, path, why, "give a draft model with the tokenizer of hf_checkpoint")
@@ -55,6 +60,14 @@ def draft_device_faults(s: FlatSettings) -> Iterator[Fault]:
         if int(match[1] or 0) >= present:
             problem = f"this machine has {present} GPUs to use, numbered from 0"
             yield Fault("draft_train_device", device, problem, "name another one, or leave it out")
+
+
+def _new_head_faults(policy: HfConfig) -> Iterator[Fault]:
+    """Whether a head from nothing has enough of the policy's layers to read."""
+    layers: Any = policy.value("num_hidden_layers")
+    if isinstance(layers, int) and len(aux_layers(None, layers)) < _FEWEST_LAYERS:
+        problem = f"the policy's {layers} layers are too few for a head to read the hidden states between them"
+        yield Fault("enable_draft_training", True, problem, "train a small draft model instead (STANDALONE)")
 
 
 def _head_faults(s: FlatSettings, path: str, head: HfConfig, policy: HfConfig) -> Iterator[Fault]:

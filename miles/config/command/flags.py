@@ -13,6 +13,7 @@ from miles.config.job import JobConfig, examine
 from miles.config.schema.catalog import Entry, catalog, passthroughs
 from miles.config.schema.faults import ConfigError, Fault, unknown_name
 from miles.config.schema.hints import nearest
+from miles.config.sglang.server_flags import find
 from miles.placement.nodes import Cluster, parse_cluster
 from miles.upstream import table as upstream
 
@@ -71,7 +72,8 @@ def parse_command_line(argv: Sequence[str], *, starts_nothing: bool = False) -> 
         elif (key := flag[2:].replace("-", "_")).startswith(tuple(passthroughs())) or upstream.find(key):
             settings[key] = values[0] if len(values) == 1 else list(values) or True
         elif (key := key.removeprefix("no_")).startswith(tuple(passthroughs())):
-            settings[key] = None
+            switch = find(key.removeprefix("sglang_"))
+            settings[key] = False if switch is not None and switch.is_switch else None
         else:
             line.faults.append(unknown_name(flag, " ".join(values) or True, [*_known_flags(), *OWN_FLAGS], "flag"))
     line.flat |= settings

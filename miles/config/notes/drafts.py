@@ -27,8 +27,8 @@ def what_trains_the_draft(s: FlatSettings) -> Iterator[Note]:
         "enable_draft_training",
         True,
         f"draft-trainer-0 trains {what}, which {begins}; it learns {loss}, from up to {s.draft_tokens_per_step} tokens "
-        f"of each training step as the policy's forward pass saw them, and engines get a new version every "
-        f"{s.draft_update_interval} steps",
+        f"of each training step as the policy's forward pass saw them, and engines get a new version after every "
+        f"{'one' if s.draft_update_interval == 1 else s.draft_update_interval} that it has learned from",
     )
 
 

@@ -42,7 +42,8 @@ def engines_without_servers_verify_some_drafts(s: FlatSettings) -> Iterator[Faul
         yield Fault(_key(name), flags[name], f"it must be a count from {_COUNTS[name]} on", "set it to one")
     if not wrong:
         yield from _sizes(s, backend)
-    yield from _draft_model(algorithm, flags.get("draft_model_path"))
+    if algorithm == "NGRAM" and (path := flags.get("draft_model_path")) is not None:
+        yield Fault(_key("draft_model_path"), path, "drafts of NGRAM come from text, without a model", _LEAVE_OUT)
 
 
 def _sizes(s: FlatSettings, backend: str) -> Iterator[Fault]:
@@ -54,15 +55,6 @@ def _sizes(s: FlatSettings, backend: str) -> Iterator[Fault]:
         steps, tokens = speculation.num_steps, speculation.num_draft_tokens
         problem = f"of num_steps = {steps} drafts and the last token there are {steps + 1}"
         yield Fault(_key("num_draft_tokens"), tokens, problem, _LEAVE_OUT)
-
-
-def _draft_model(algorithm: str, path: object) -> Iterator[Fault]:
-    if algorithm == "NGRAM":
-        if path is not None:
-            yield Fault(_key("draft_model_path"), path, "drafts of NGRAM come from text, without a model", _LEAVE_OUT)
-    elif path is None:
-        remedy = "set sglang_speculative_draft_model_path to the draft model's folder"
-        yield Fault(_key("algorithm"), algorithm, "its draft is a model, and none is given", remedy)
 
 
 def _key(name: str) -> str:

@@ -151,7 +151,7 @@ class RunDrafts:
             if self._lost != worker.worker_id:
                 self._lost = worker.worker_id
                 self._alerts.report(
-                    f"{worker.worker_id} is lost, and the run goes on with the drafts that it has: {why}"
+                    f"{worker.worker_id} is lost, and the run goes on with the draft that it has: {why}"
                 )
             await asyncio.sleep(_RETRY_S if not worker.lost.is_set() else 0)
 
@@ -186,8 +186,7 @@ class RunDrafts:
 
     def _note(self, worker_id: str, message: draft_trainer_pb2.WatchDraftsResponse) -> None:
         if self._lost:
-            at = f"version {message.version}" if message.HasField("version") else "the draft that the run began with"
-            self._alerts.report(f"{worker_id} is back, with {at}")
+            self._alerts.report(f"{worker_id} is back, and goes on training drafts")
             self._lost = ""
         for warning in message.warnings:
             self._alerts.warn(f"{worker_id}: {warning}")

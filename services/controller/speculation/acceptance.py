@@ -43,6 +43,8 @@ class RunAcceptance:
         self._now: dict[str, rollout_pb2.SpeculationProgress] = {}
         """How engines draft, of those that are there."""
         self._step: dict[str, dict[Versions, DraftCounts]] = {}
+        self._found = self._missed = 0
+        """Prompts of the step with earlier responses, and without."""
         self._by_engine: dict[str, dict[Versions, DraftCounts]] = {}
         self._by_versions: dict[Versions, DraftCounts] = {}
         for each in earlier:
@@ -61,7 +63,11 @@ class RunAcceptance:
     def note(self, worker_id: str, incarnation: str, progress: rollout_pb2.SpeculationProgress) -> None:
         """Take in a report of an engine, which lives in the process `incarnation` of its worker."""
         self._now[worker_id] = progress
-        new = self._counters[worker_id].note(incarnation, counts_of(progress))
+        counters = self._counters[worker_id]
+        new = counters.note(incarnation, counts_of(progress))
+        found, missed = counters.note_prompts(progress.prompts_with_responses, progress.prompts_without_responses)
+        self._found += found
+        self._missed += missed
         if new:
             _add(self._step.setdefault(worker_id, {}), new)
             _add(self._by_engine.setdefault(worker_id, {}), new)
@@ -74,7 +80,8 @@ class RunAcceptance:
     def finish_step(self, step: int) -> StepNews:
         """End a step: return what it counted, and what people are to be told."""
         counts, self._step = self._step, {}
-        warnings, events = self._alarm.note(step, counts)
+        off = {engine for engine, now in self._now.items() if now.reason and not now.num_steps}
+        warnings, events = self._alarm.note(step, counts, off)
         events += self._switches.note(step, sorted(self._now.items()))
         return StepNews(self._metrics(counts), warnings, events)
 
@@ -93,6 +100,9 @@ class RunAcceptance:
         if speedups:
             metrics["speculative/speedup"] = statistics.fmean(speedups.values())
             metrics |= {f"speculative/speedup/{engine}": speedup for engine, speedup in speedups.items()}
+        if asked := self._found + self._missed:
+            metrics["speculative/earlier_responses"] = self._found / asked
+        self._found = self._missed = 0
         return metrics
 
     def engines(self) -> list[controller_pb2.EngineSpeculation]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from miles.services.controller.speculation.advice import DraftSetup, against_drift, against_low_acceptance
 from miles.services.controller.speculation.draft_counts import DraftCounts, Versions, length_at
 
-ENOUGH = 100
-"""Verifications that are judged together; a step with fewer is judged with those behind it."""
+ENOUGH, ENOUGH_AT_OFF = 100, 20
+"""Verifications that are judged together, and the same of an engine that turns drafts off; a step with fewer is judged
+with those behind it."""
 _HYSTERESIS = 1.2
 """An alarm ends when so many times the drafts are accepted that began it."""
 _FIRST = 3
@@ -31,17 +32,27 @@ class AcceptanceAlarm:
         self._setup = setup
         self._alarm_at = alarm_at
         self._pending: dict[str, DraftCounts] = {}
+        self._off: set[str] = set()
+        """Engines that drafted nothing at the end of the step before."""
         self._low: set[str] = set()
         """Engines that people were told of."""
         self._drift = DriftAlarm(setup)
 
-    def note(self, step: int, counts: StepCounts) -> tuple[list[str], list[str]]:
-        """Take in a step; return warnings, and what people may want to know besides."""
+    def note(self, step: int, counts: StepCounts, off: Collection[str] = ()) -> tuple[list[str], list[str]]:
+        """Take in a step; return warnings, and what people may want to know besides.
+
+        `off`: engines that draft nothing now. What they count while they do not says nothing of the draft; what they
+        counted before is judged.
+        """
         low: dict[str, str] = {}
         over: list[str] = []
+        were_off, self._off = self._off, set(off)
         for engine, by_versions in sorted(counts.items()):
+            if engine in were_off:
+                self._pending.pop(engine, None)
+                continue
             pending = self._pending.get(engine, DraftCounts()) + total(by_versions.values())
-            judged = pending.verify_count >= ENOUGH
+            judged = pending.verify_count >= (ENOUGH_AT_OFF if engine in off else ENOUGH)
             self._pending[engine] = DraftCounts() if judged else pending
             if not judged or (length := pending.accept_length) is None:
                 continue
@@ -52,7 +63,8 @@ class AcceptanceAlarm:
                 self._low.discard(engine)
                 over.append(f"{engine} accepts drafts again: {length:.2f} tokens per verification at step {step}")
         warnings = [self._low_text(step, list(low.values()))] if low else []
-        drift, still = self._drift.note(step, [each for engine in counts.values() for each in engine.items()])
+        drafting = [by_versions for engine, by_versions in counts.items() if engine not in were_off | self._off]
+        drift, still = self._drift.note(step, [each for by_versions in drafting for each in by_versions.items()])
         return warnings + drift, over + still
 
     def _low_text(self, step: int, engines: list[str]) -> str:

@@ -17,6 +17,8 @@ class EngineCounters:
 
     def __init__(self) -> None:
         self._incarnation = ""
+        self._is_first = True
+        self._prompts = (0, 0)
         self._seen: dict[Versions, DraftCounts] = {}
         """In the order of the report, newest last."""
 
@@ -27,13 +29,26 @@ class EngineCounters:
         counts what an earlier controller has seen already.
         """
         known, self._seen = self._seen, dict(counts)
-        if incarnation != self._incarnation:
+        self._is_first = incarnation != self._incarnation
+        if self._is_first:
             self._incarnation = incarnation
             return {}
         if known and self._has_restarted(known):
             known = {}
         new = {versions: count - known.get(versions, DraftCounts()) for versions, count in counts.items()}
         return {versions: count for versions, count in new.items() if count != DraftCounts()}
+
+    def note_prompts(self, found: int, missed: int) -> tuple[int, int]:
+        """Take in how many prompts had earlier responses and had none; return how many since the last report.
+
+        They are counted by the job on the worker; call `note` with the same report first.
+        """
+        known, self._prompts = self._prompts, (found, missed)
+        if self._is_first:
+            return (0, 0)
+        if found < known[0] or missed < known[1]:
+            known = (0, 0)
+        return found - known[0], missed - known[1]
 
     def _has_restarted(self, known: Mapping[Versions, DraftCounts]) -> bool:
         newest = next(reversed(list(known)))

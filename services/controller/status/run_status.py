@@ -103,7 +103,7 @@ class RunStatus:
         if self._acceptance is not None:
             answer.speculation.extend(self._acceptance.engines())
         answer.waiting_for = self._all_waiting_for(batch_size)
-        answer.workers.extend(self._worker(worker, answer) for worker in workers)
+        answer.workers.extend(self._worker(worker, answer) for worker in workers if self._has_part(worker))
         self._note_waits(answer.waiting_for)
         answer.waits.extend(wait.to_proto() for wait in self._wait_log.waits)
         if answer.waits and answer.phase == "collecting" and answer.waits[0].what != answer.waiting_for:
@@ -168,6 +168,10 @@ class RunStatus:
             return f"groups that step {self.step} may not leave behind"
         lonely = self._rollouts is not None and not self._rollouts.connected()
         return f"{missing} of {batch_size} groups of step {self.step}{'; no rollout is connected' * lonely}"
+
+    def _has_part(self, worker: AttachedWorker) -> bool:
+        """Whether a worker may have work in this run: a draft trainer only where drafts are trained."""
+        return worker.registration.kind != _DRAFT_TRAINER or (self.drafts is not None and self.drafts.wanted)
 
     def _worker(self, worker: AttachedWorker, run: controller_pb2.DescribeRunResponse) -> controller_pb2.WorkerActivity:
         activity = self._activities.current(worker.worker_id)

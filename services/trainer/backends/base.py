@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
-from miles.drafts.recording_files import discard_from
 from miles.ownership.export import ExportFolder
 from miles.precision.recipe import Recipe
 from miles.services.trainer.backends.determinism import choose_determinism
@@ -31,8 +30,7 @@ from miles.services.trainer.checkpoint.initial_weights import gives_weights_alon
 from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
-from miles.services.trainer.recording.layers import recording_options
-from miles.services.trainer.recording.recorder import Recorder
+from miles.services.trainer.recording.of_job import recorder_of
 from miles.services.trainer.step.gradient_norms import save_and_compare
 from miles.services.trainer.step.precision_metrics import Inputs, PrecisionMetrics
 from miles.services.trainer.step.progress import Report
@@ -102,12 +100,14 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         torch.manual_seed(self._config.train.seed)
         choose_determinism(self._device, asked=self._config.train.deterministic_mode)
         self._parts = self._build()
-        self._record_for_drafts(self._parts.trainer)
+        self._parts.trainer.record_with(recorder_of(self._config))
         self._parking = Parking(self._held(self._parts), self._device)
         state = TrainerState() if record is None else self._restore(record)
         if dist.get_rank() == 0:
             self._log.discard_from(state.step)
-            self._discard_recordings(state.step)
+            recorder = self._parts.trainer.recorder
+            if recorder is not None and (words := recorder.discard_from(state.step)):
+                self._say(words)
         return state
 
     def train(
@@ -236,23 +236,6 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     @abc.abstractmethod
     def _recording_replica(self) -> int | None:
         """Number of this rank's replica, if this rank is the one that logs the replica's samples."""
-
-    def _record_for_drafts(self, trainer: RolloutTrainer) -> None:
-        """Have training steps be recorded where a draft model learns from them."""
-        options = recording_options(self._config)
-        if options is not None:
-            trainer.recorder = Recorder(options)
-            trainer.roles.policy.record(trainer.recorder)
-
-    def _discard_recordings(self, step: int) -> None:
-        """Delete what an earlier start has recorded of steps that will be taken again."""
-        recorder = self._loaded.trainer.recorder
-        if recorder is None:
-            return
-        try:
-            discard_from(recorder.options.root, step)
-        except OSError as error:
-            self._say(f"recordings of steps that will be taken again could not be deleted: {error}")
 
     def _note_export(self) -> None:
         if self._loaded.roles.old_policies is not None:

@@ -136,7 +136,8 @@ class DraftJob:
     def _train_on(self, step: int) -> None:
         training = self._training
         if missed := training.cursor.reach(step):
-            self._warn(f"{_steps(missed)} gone before the draft trainer came to read {_them(missed)}; {_REMEDY}")
+            when = f"before the draft trainer came to read {_them(missed)}, or never made"
+            self._warn(f"{_steps(missed)} gone {when}; {_REMEDY}")
         self._note(f"training on step {step}")
         try:
             with span("train draft", step):

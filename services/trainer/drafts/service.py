@@ -119,7 +119,7 @@ class DraftTrainerServicer(draft_trainer_pb2_grpc.DraftTrainerServiceServicer):
         self, request: draft_trainer_pb2.DraftTrainerStartJobRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[str, None]:
         try:
-            config = JobConfig.from_flat(json.loads(request.config_json))
+            config = JobConfig.from_flat(json.loads(request.config_json)).with_types("rollout_dtype")
         except (ConfigError, json.JSONDecodeError) as error:
             await abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"config_json: {error}")
         loop, began = asyncio.get_running_loop(), time.monotonic()

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from miles.drafts.folders import initial_dir
 from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.ranks.network import host_name
 
@@ -66,6 +67,9 @@ def _folders(config: JobConfig) -> dict[str, str]:
         "lora_adapter_path": config.lora.lora_adapter_path,
         "load": config.checkpoint.load,
     }
+    draft = config.rollout.sglang_args.get("speculative_draft_model_path")
+    if config.drafts.enable_draft_training and draft != str(initial_dir(pathlib.Path(config.services.run_dir))):
+        given["sglang_speculative_draft_model_path"] = draft  # it says which layers are recorded
     teachers = {f"opd_teacher_load {name}": folder for name, folder in config.distillation.teacher_folders.items()}
     return {key: folder for key, folder in given.items() if folder is not None} | teachers
 

@@ -91,6 +91,14 @@ class Recorder:
         self._is_on = False
         self._threads = Threads(1, thread_name_prefix="recordings")
 
+    def discard_from(self, step: int) -> str:
+        """Delete on rank 0 what an earlier start has recorded of steps that will be taken again; says what failed."""
+        try:
+            files.discard_from(self.options.root, step)
+        except OSError as error:
+            return f"recordings of steps that will be taken again could not be deleted: {cause_of(error)}"
+        return ""
+
     def begin(self, number: int, batch: RolloutBatch, schedule: RolloutSchedule) -> None:
         """Choose what is recorded of a rollout."""
         options, step = self.options, schedule.steps[0]

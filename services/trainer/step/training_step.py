@@ -78,6 +78,12 @@ class RolloutTrainer(abc.ABC):
         self.recorder: Recorder | None = None
         """Of what the draft model learns from; None when none is trained."""
 
+    def record_with(self, recorder: Recorder | None) -> None:
+        """Have what the policy computes be recorded. Raises ValueError for layers that it does not have."""
+        self.recorder = recorder
+        if recorder is not None:
+            self.roles.policy.record(recorder)
+
     @abc.abstractmethod
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
         """Means of the metrics, the same on every rank."""

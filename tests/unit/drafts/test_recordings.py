@@ -9,18 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from config_cases import MINIMAL
-from recorded import part_of, random_sample, samples_of, write_recording
+from recorded import part_of, random_samples, samples_of, write_recording
 
 from miles.config import JobConfig
 from miles.drafts import recording_files as files
 from miles.drafts.recording import RecordedSample
 from miles.drafts.recordings import RecordingDamaged, RecordingGone, read, root_of, steps
-
-
-def _samples(seed: int = 0, layers: tuple[int, ...] = (-1, 1, 3)) -> list[RecordedSample]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((7, 3), (2, 1), (12, 11))
-    return [random_sample(generator, length=length, prompt=prompt, layers=layers) for length, prompt in shapes]
 
 
 def _assert_same(found: list[RecordedSample], expected: list[RecordedSample]) -> None:
@@ -39,7 +33,7 @@ def _assert_same(found: list[RecordedSample], expected: list[RecordedSample]) ->
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("layers", [(), (-1, 1, 3)])
 def test_what_was_written_is_read(tmp_path: pathlib.Path, ranks: int, layers: tuple[int, ...]) -> None:
-    samples = _samples(layers=layers)
+    samples = random_samples(layers=layers)
     write_recording(tmp_path, 12, samples, ranks=ranks)
     assert steps(tmp_path) == [12]
     _assert_same(read(tmp_path, 12), samples)
@@ -48,27 +42,28 @@ def test_what_was_written_is_read(tmp_path: pathlib.Path, ranks: int, layers: tu
 
 def test_hidden_states_keep_their_type(tmp_path: pathlib.Path) -> None:
     samples = [
-        dataclasses.replace(s, hidden_TD={layer: x.bfloat16() for layer, x in s.hidden_TD.items()}) for s in _samples()
+        dataclasses.replace(s, hidden_TD={layer: x.bfloat16() for layer, x in s.hidden_TD.items()})
+        for s in random_samples()
     ]
     write_recording(tmp_path, 0, samples)
     _assert_same(read(tmp_path, 0), samples)
 
 
 def test_a_recording_of_the_same_step_replaces_the_former_one(tmp_path: pathlib.Path) -> None:
-    write_recording(tmp_path, 4, _samples(0))
-    write_recording(tmp_path, 4, _samples(1))
-    _assert_same(read(tmp_path, 4), _samples(1))
+    write_recording(tmp_path, 4, random_samples(0))
+    write_recording(tmp_path, 4, random_samples(1))
+    _assert_same(read(tmp_path, 4), random_samples(1))
 
 
 def test_there_are_no_steps_without_a_folder_and_parts_are_none(tmp_path: pathlib.Path) -> None:
     assert steps(tmp_path / "nothing") == []
-    files.write_part(files.partial_folder(tmp_path, 3), 0, part_of(_samples(), 0, 1))
+    files.write_part(files.partial_folder(tmp_path, 3), 0, part_of(random_samples(), 0, 1))
     assert steps(tmp_path) == []
 
 
 def test_the_newest_are_kept(tmp_path: pathlib.Path) -> None:
     for step in (9, 10, 100_000_000):
-        write_recording(tmp_path, step, _samples())
+        write_recording(tmp_path, step, random_samples())
     files.keep_newest(tmp_path, 2)
     assert steps(tmp_path) == [10, 100_000_000]
     with pytest.raises(RecordingGone, match="step 9"):
@@ -77,12 +72,14 @@ def test_the_newest_are_kept(tmp_path: pathlib.Path) -> None:
 
 def test_later_steps_and_leftovers_of_crashes_are_deleted(tmp_path: pathlib.Path) -> None:
     for step in (4, 5, 6):
-        write_recording(tmp_path, step, _samples())
-    files.write_part(files.partial_folder(tmp_path, 7), 0, part_of(_samples(), 0, 1))
-    (tmp_path / "step-00000001.deleted").mkdir()
-    (tmp_path / "notes").mkdir()
+        write_recording(tmp_path, step, random_samples())
+    files.write_part(files.partial_folder(tmp_path, 7), 0, part_of(random_samples(), 0, 1))
+    (tmp_path / "step-00000001.partial.deleted").mkdir()
+    others = ["notes", "step-00000009", "step-last.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
     files.discard_from(tmp_path, 5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "step-00000004"])
     files.discard_from(tmp_path / "nothing", 0)
 
 
@@ -96,7 +93,7 @@ def _lose_a_part(folder: pathlib.Path) -> None:
 
 
 def _lose_a_row(folder: pathlib.Path) -> None:
-    part = part_of(_samples(), 1, 2)
+    part = part_of(random_samples(), 1, 2)
     files.write_part(
         folder,
         1,
@@ -108,12 +105,12 @@ def _lose_a_row(folder: pathlib.Path) -> None:
 
 def _lose_a_layer(folder: pathlib.Path) -> None:
     for rank in range(2):
-        part = part_of(_samples(), rank, 2)
+        part = part_of(random_samples(), rank, 2)
         files.write_part(folder, rank, dataclasses.replace(part, hidden_ND={-1: part.hidden_ND[-1]}))
 
 
 def _name_a_sample_that_is_not_there(folder: pathlib.Path) -> None:
-    part = part_of(_samples(), 1, 2)
+    part = part_of(random_samples(), 1, 2)
     files.write_part(folder, 1, dataclasses.replace(part, top_rows_M2=part.top_rows_M2 + 1))
 
 
@@ -136,7 +133,7 @@ def _be_of_another_version(folder: pathlib.Path) -> None:
 def test_damage_is_an_error_with_the_reason(
     tmp_path: pathlib.Path, damage: Callable[[pathlib.Path], None], reason: str
 ) -> None:
-    write_recording(tmp_path, 1, _samples(), ranks=2)
+    write_recording(tmp_path, 1, random_samples(), ranks=2)
     damage(files.step_folder(tmp_path, 1))
     with pytest.raises(RecordingDamaged, match=reason) as caught:
         read(tmp_path, 1)
@@ -144,7 +141,7 @@ def test_damage_is_an_error_with_the_reason(
 
 
 def test_samples_that_are_not_finite_are_left_out(tmp_path: pathlib.Path) -> None:
-    samples = _samples()
+    samples = random_samples()
     samples[0].hidden_TD[1][2, 3] = torch.inf
     samples[1].top_log_probs_RK[0] = torch.nan
     write_recording(tmp_path, 1, samples)
@@ -154,15 +151,16 @@ def test_samples_that_are_not_finite_are_left_out(tmp_path: pathlib.Path) -> Non
 def test_a_recording_that_cannot_be_written_is_an_os_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(OSError, match="taken"):
-        files.write_part(tmp_path / "taken" / "step", 0, part_of(_samples(), 0, 1))
+        files.write_part(tmp_path / "taken" / "step", 0, part_of(random_samples(), 0, 1))
     folder = tmp_path / "step-00000000.partial"
     (folder / files.SAMPLES).mkdir(parents=True)
     with pytest.raises(OSError, match=files.SAMPLES):
-        files.complete(tmp_path, files.Facts(0, (), 4, ()), samples_of(_samples()))
+        files.complete(tmp_path, files.Facts(0, (), 4, ()), samples_of(random_samples()))
 
 
 def test_recordings_are_in_the_runs_folder_unless_another_is_given() -> None:
     run = pathlib.Path("run")
     assert root_of(JobConfig.from_flat(MINIMAL), run) == run / "drafts" / "recordings"
-    shared = JobConfig.from_flat(MINIMAL | {"draft_recordings_dir": "/shared"})
+    on = {"enable_draft_training": True, "sglang_speculative_algorithm": "EAGLE3", "draft_recordings_dir": "/shared"}
+    shared = JobConfig.from_flat(MINIMAL | on)
     assert root_of(shared, run) == pathlib.Path("/shared")

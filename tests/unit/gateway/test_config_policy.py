@@ -111,6 +111,19 @@ def test_flags_passed_through_must_be_allowed(policy: GatewayOptions) -> None:
     assert "sglang_port" not in faults(allowing, sglang_port=1)
 
 
+def test_jobs_may_say_what_engines_draft_with_and_name_a_draft_below_the_roots(policy: GatewayOptions) -> None:
+    body = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_num_steps": 3}
+    assert faults(policy, **body) == {}
+    assert "sglang_speculative_draft_model_path" in faults(policy, sglang_speculative_draft_model_path="/etc")
+    reviewed = review({**body, "sglang_speculative_draft_model_path": "head"}, policy, "")
+    assert reviewed.faults == []
+    assert reviewed.flat["sglang_speculative_draft_model_path"] == str(policy.allowed_roots[0] / "head")
+    for wrong in (["a"], {"a": 1}, 1):
+        assert "sglang_speculative_draft_model_path" in faults(policy, sglang_speculative_draft_model_path=wrong)
+    assert "sglang_speculative_num_steps" in faults(policy, sglang_speculative_num_steps={"a": 1})
+    assert "sglang_speculative_token_map" in faults(policy, sglang_speculative_token_map="/etc/passwd")
+
+
 def test_the_same_submission_has_the_same_run_folder(policy: GatewayOptions) -> None:
     folders = [review({"name": "a"}, policy, key).flat["run_dir"] for key in ("k", "k", "other", "", "")]
     assert folders[0] == folders[1]

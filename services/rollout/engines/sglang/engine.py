@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.process import IN_SERVER
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
+from miles.services.rollout.engines.sglang.speculative.drafting import Drafting
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
 from miles.tasks import cancelled_at_end
+from miles.types import SpeculativeStats
 from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
@@ -61,7 +64,9 @@ class SglangEngine:
             *(options, self._replicas, self._changed, self._background),
             wanted_version=lambda: self.version,
             on_waiting=self._wake,
+            on_verified=self._count_drafts,
         )
+        self._drafting = Drafting(options, self._replicas)
         self._lock = asyncio.Lock()
         """Held by whatever pauses, resumes or changes the servers: one at a time."""
         self._pause_mode: PauseMode | None = None
@@ -106,6 +111,7 @@ class SglangEngine:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
             await self._loader.prepare()
+            self._drafting.prepare()
             await asyncio.gather(*(replica.start() for replica in self._replicas))
             api, timeout_s = self._replicas[0].api, self._options.call_timeout_s
             info, server = await api.get("/model_info", timeout_s), await api.get("/server_info", timeout_s)
@@ -119,6 +125,7 @@ class SglangEngine:
                 )
             undo.pop_all()
         self._find_draft(server if attached else given)
+        self._drafting.start(server)
         longest = int(server.get("max_req_input_len") or self._loader.max_positions - flags.SPARE_TOKENS)
         self._dispatcher.model = ModelAbilities(
             vocabulary=int(info.get("vocab_size") or self._loader.vocabulary),
@@ -147,6 +154,7 @@ class SglangEngine:
         """End every request and every server that was started here."""
         self._background.cancel()
         await asyncio.gather(*(replica.close() for replica in self._replicas))
+        self._drafting.close()
         self._loader.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
@@ -155,6 +163,7 @@ class SglangEngine:
         Raises ValueError listing all faults of a request that the engine cannot serve, and EngineFailed when its server
         is lost or answers nonsense; another try may work.
         """
+        self._drafting.offer(request)
         return self._dispatcher.generate(request)
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
@@ -253,7 +262,12 @@ class SglangEngine:
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
-        return self._dispatcher.stats()
+        draft = None if self._draft is None else self._draft.version
+        return dataclasses.replace(self._dispatcher.stats(), speculation=self._drafting.state(draft))
+
+    def _count_drafts(self, version: int, new: SpeculativeStats) -> None:
+        draft = None if self._draft is None else self._draft.version
+        self._drafting.acceptance.add(version, draft, new)
 
     def _wake(self) -> None:
         """Give released memory back to the servers: a request waits for it."""
@@ -263,9 +277,9 @@ class SglangEngine:
 
     def _find_draft(self, server: Mapping[str, Any]) -> None:
         if flags.has_draft_weights(server):
-            self._loader.keep_draft_apart(str(server["speculative_algorithm"]))
             folder = str(server["speculative_draft_model_path"])
             self._draft = DraftModel(self.device, folder, self._load_draft, self._verify_draft)
+            self._loader.keep_draft_apart(str(server["speculative_algorithm"]), self._draft.config)
 
     async def _load_draft(self, tensors: Mapping[str, torch.Tensor]) -> float:
         async with self._lock, self._paused_in_place(unless=self._pause_mode is not None or self._released):
@@ -294,6 +308,7 @@ class SglangEngine:
         async with self._lock:
             caught_up = await self._loader.catch_up(replica, paused=self._pause_mode is not None)
         self._changed.notify()
+        self._drafting.on_server_up()
         if not caught_up:
             self._background.start(self._catch_up_later(replica))
 

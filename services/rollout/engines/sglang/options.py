@@ -45,6 +45,8 @@ class SglangOptions:
     """Whether servers record the experts that each token was routed to."""
     memory_saver: bool = False
     """Whether servers can release their memory."""
+    earlier_responses: bool = False
+    """Whether earlier responses to a prompt come with its requests, as drafts."""
     weight_path: WeightPath = "tensor"
     """How weights get into a server: tensor shares this process's memory with it, disk writes files that both see, and
     distributed makes it a member of the trainer's broadcasts; versions that are not broadcast go as tensors."""

@@ -36,6 +36,7 @@ def configured_options(
         "concurrency": rollout.sglang_server_concurrency,
         "routed_experts": rollout.records_routing,
         "memory_saver": config.cluster.offload_rollout,
+        "earlier_responses": config.drafts.draft_responses_per_prompt > 0,
         "weight_path": rollout.rollout_engine_weights,
         "weight_dir": None if weight_dir is None else pathlib.Path(weight_dir),
         "contract": contract_of(config),

@@ -38,10 +38,11 @@ class RecordedForward:
         if rows is None:
             return self._forward.for_loss(self._model, micro_batch)
         row_N = to_device(torch.from_numpy(rows.row_N), device)
+        tokens_N = to_device(torch.from_numpy(micro_batch.input_ids_T[rows.row_N]), device)
 
         def keep_hidden(layer: int, hidden_1TD: torch.Tensor) -> None:
             with recorder.timed():
-                hidden_ND = hidden_1TD[0].index_select(0, row_N)
+                hidden_ND = self._embedded(tokens_N) if layer == EMBEDDING else hidden_1TD[0].index_select(0, row_N)
                 recorder.keep_hidden(micro_batch, torch.from_numpy(rows.rows_N2), layer, hidden_ND)
 
         def keep_top(scores: TokenSetScores) -> None:
@@ -50,6 +51,11 @@ class RecordedForward:
         likeliest = Likeliest(rows.response_M, recorder.options.top_tokens, keep_top, recorder.timed)
         with self._reader.reading(keep_hidden):
             return self._forward.for_loss(self._model, micro_batch, likeliest)
+
+    def _embedded(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        """Rows of the table: some models scale what they read of it, and a draft does not."""
+        table: Any = self._model.get_input_embeddings()
+        return torch.nn.functional.embedding(tokens_N, table.weight.detach())
 
 
 def _modules(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[int, torch.nn.Module]:

@@ -37,7 +37,10 @@ class RecordedPasses:
         self._recorder = recorder
         self._output = output
         self._device = device
-        self._reader = LayerReader(_modules(model.bare_chunks, recorder.options.layers))
+        modules = _modules(model.bare_chunks, recorder.options.layers)
+        self._reader = LayerReader(modules)
+        self._scatters = bool(getattr(modules.get(EMBEDDING), "reduce_scatter_embeddings", False))
+        """Whether embeddings are split over tensor-parallel ranks as soon as they are read."""
         self._parts = parallel.tensor_size if model.config.sequence_parallel else 1
         self._part = parallel.tensor_rank if self._parts > 1 else 0
         self._has_rows = self._parts > 1 or parallel.tensor_rank == 0
@@ -85,12 +88,19 @@ class RecordedPasses:
             rows_N2 = torch.from_numpy(found.rows_N2[place_L[picked]])
             picked_N = to_device(torch.from_numpy(picked), self._device)
 
-        def keep(layer: int, hidden: torch.Tensor) -> None:  # [L, 1, D], or [M, S, D] of S padded samples
+        def keep(layer: int, hidden: torch.Tensor) -> None:
             with recorder.timed():
-                hidden_ND = hidden.flatten(0, 1).index_select(0, picked_N)
+                hidden_ND = self._by_row(layer, hidden).index_select(0, picked_N)
                 recorder.keep_hidden(micro_batch, rows_N2, layer, hidden_ND)
 
         self._reader.begin(keep)
+
+    def _by_row(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[L, D] from [L, 1, D], or [M, S, D] of S padded samples."""
+        if layer == EMBEDDING and not self._scatters:  # [1, L, D] or [S, M, D] of all tensor-parallel ranks
+            rows = hidden.transpose(0, 1).flatten(0, 1)
+            return rows.narrow(0, self._part * (len(rows) // self._parts), len(rows) // self._parts)
+        return hidden.flatten(0, 1)
 
 
 def both(first: Hooks, second: Hooks) -> Hooks:
@@ -114,8 +124,8 @@ def _modules(chunks: Sequence[Any], layers: Sequence[int]) -> dict[int, torch.nn
     found: dict[int, torch.nn.Module] = {}
     for chunk in chunks:
         found |= {layer.layer_number - 1: layer for layer in chunk.decoder.layers}
-        if chunk.pre_process:
-            found[EMBEDDING] = chunk.embedding
+        if chunk.pre_process:  # the table itself: some models scale what they read of it, and a draft does not
+            found[EMBEDDING] = chunk.embedding.word_embeddings
     return {layer: module for layer, module in found.items() if layer in layers}
 
 

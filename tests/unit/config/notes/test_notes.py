@@ -60,6 +60,31 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
+        {"sglang_speculative_algorithm": "EAGLE3", "enable_draft_training": True, "device": "cuda", "colocate": True},
+        [
+            "enable_draft_training = true: draft-trainer-0 trains an EAGLE-3 head, which begins from nothing, in "
+            "runs/miles/drafts/initial: until it has learned, most drafts are rejected; it learns the policy's "
+            "likeliest tokens, from up to 32768 tokens of each training step as the policy's forward pass saw them, "
+            "and engines get a new version after every one that it has learned from",
+            "draft_train_device = auto: the draft is trained in the engines' turn, and leaves its GPU for the "
+            "trainer's",
+        ],
+    ),
+    (
+        {
+            "sglang_speculative_algorithm": "STANDALONE",
+            "sglang_speculative_draft_model_path": "small",
+            "enable_draft_training": True,
+            "draft_loss": "ce",
+            "draft_update_interval": 3,
+        },
+        [
+            "enable_draft_training = true: draft-trainer-0 trains a small language model, which begins as small; it "
+            "learns the tokens that were sampled, from up to 32768 tokens of each training step as the policy's "
+            "forward pass saw them, and engines get a new version after every 3 that it has learned from",
+        ],
+    ),
+    (
         {"check_weight_update_equal": True, "check_weight_update_allow_quant_error": True},
         [
             "check_weight_update_allow_quant_error = true: it changes nothing: engines get the trainer's own quantised "

@@ -17,6 +17,7 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+EAGLE = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "draft"}
 EAGLE3 = {"sglang_speculative_algorithm": "EAGLE3"}
 TRAINED_DRAFT = {**EAGLE3, "enable_draft_training": True}
 TORCH_DRAFTS = {"rollout_backend": "torch", "sglang_speculative_algorithm": "NGRAM"}
@@ -736,6 +737,38 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
     ),
     (
+        {**SGLANG, "device": "cpu", "sglang_speculative_algorithm": "NGRAM"},
+        "sglang_speculative_algorithm = NGRAM, but on a CPU SGLang verifies drafts greedily",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "observe_rollout_routing": True},
+        "sglang_speculative_algorithm = NGRAM, but SGLang loses the experts of tokens that it verifies so",
+    ),
+    (
+        {**SGLANG, **EAGLE, "sglang_speculative_eagle_topk": 2, "use_rollout_routing_replay": True},
+        "sglang_speculative_eagle_topk = 2, but SGLang returns experts of branches that were not accepted",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_adaptive": True},
+        "sglang_speculative_adaptive = true, but SGLang cannot change the steps of NGRAM while it runs",
+    ),
+    (
+        {**SGLANG, **EAGLE, "sglang_speculative_adaptive": True, "sglang_enable_two_batch_overlap": True},
+        "sglang_speculative_adaptive = true, but SGLang does not adapt steps with enable_two_batch_overlap",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_algorithm": "NGRAM", "sglang_speculative_use_rejection_sampling": True},
+        "sglang_speculative_use_rejection_sampling = true, but SGLang has it for EAGLE, EAGLE3 and NEXTN",
+    ),
+    (
+        {
+            **(SGLANG | EAGLE),
+            "sglang_speculative_use_rejection_sampling": True,
+            "sglang_speculative_adaptive_config": "tiers.json",
+        },
+        "sglang_speculative_use_rejection_sampling = true, but SGLang's rejection sampling fails in a step without",
+    ),
+    (
         {**SGLANG, "sglang_speculative_algorithm": "NEXTN", "draft_responses_per_prompt": 2},
         "draft_responses_per_prompt = 2, but no engine drafts from earlier responses; set sglang_speculative_algorithm",
     ),
@@ -787,7 +820,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**TORCH_DRAFTS, "sglang_speculative_algorithm": "standalone"},
-        "sglang_speculative_algorithm = STANDALONE, but its draft is a model, and none is given; set",
+        "sglang_speculative_algorithm = standalone drafts with a small model; set it to its folder",
     ),
     (
         {"rollout_backend": "torch", "rollout_num_gpus": 2},
@@ -1023,7 +1056,13 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({**TRAINED_DRAFT, "draft_train_device": "gpu"}, "draft_train_device = gpu, but it names no device; set it to cpu"),
     (
-        {**TRAINED_DRAFT, "draft_train_device": "cuda:1", "device": "cpu"},
+        {
+            **(TRAINED_DRAFT | TORCH_DRAFTS),
+            "sglang_speculative_algorithm": "STANDALONE",
+            "sglang_speculative_draft_model_path": "d",
+            "draft_train_device": "cuda:1",
+            "device": "cpu",
+        },
         "draft_train_device = cuda:1, but device is cpu",
     ),
     (
@@ -1096,6 +1135,11 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "INT4 as trained": {**SGLANG, "int4_qat": True, "int4_group_size": 32, "int4_layers": ["."]},
     "a file of precision by its content": {**FP8, "te_precision_config_file": "base64:" + "CgoK" * 2000 + "e30="},
     "FP4 on coming GPUs, emulated": {"fp4_format": "e2m1", "first_last_layers_bf16": True},
+    "routing of chains of drafts": {
+        **(SGLANG | EAGLE),
+        "observe_rollout_routing": True,
+        "sglang_speculative_adaptive": True,
+    },
     "a head that begins from nothing": TRAINED_DRAFT,
     "a head trained by what was sampled": {**TRAINED_DRAFT, "draft_loss": "ce", "draft_unroll_steps": 2},
     "drafts from text in the torch engine": {

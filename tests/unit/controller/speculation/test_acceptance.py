@@ -62,6 +62,19 @@ def test_a_step_has_what_was_counted_in_it_for_all_engines_and_for_each() -> Non
     assert not [name for name in quiet if "accept" in name], "nothing was verified in that step"
 
 
+def test_a_step_has_the_share_of_its_prompts_with_earlier_responses() -> None:
+    acceptance = run()
+    for with_some, without in ((0, 4), (1, 4)):
+        progress = report(prompts_with_responses=with_some, prompts_without_responses=without)
+        acceptance.note("rollout-0", "first", progress)
+    assert acceptance.finish_step(0).metrics["speculative/earlier_responses"] == 0.2
+    acceptance.note("rollout-0", "first", report(prompts_with_responses=4, prompts_without_responses=5))
+    assert acceptance.finish_step(1).metrics["speculative/earlier_responses"] == 0.75
+    acceptance.note("rollout-0", "first", report(prompts_with_responses=1, prompts_without_responses=0))
+    assert acceptance.finish_step(2).metrics["speculative/earlier_responses"] == 1.0, "the job started again there"
+    assert "speculative/earlier_responses" not in acceptance.finish_step(3).metrics
+
+
 def test_a_run_without_drafts_has_no_metrics() -> None:
     news = RunAcceptance(SETUP, 1.05).finish_step(0)
     assert (news.metrics, news.warnings, news.events) == ({}, [], [])

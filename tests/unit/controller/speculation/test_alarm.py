@@ -6,7 +6,7 @@ import pytest
 
 from miles.config.speculation import DraftKind, Speculation
 from miles.services.controller.speculation.advice import DraftSetup
-from miles.services.controller.speculation.alarm import ENOUGH, AcceptanceAlarm, StepCounts
+from miles.services.controller.speculation.alarm import ENOUGH, ENOUGH_AT_OFF, AcceptanceAlarm, StepCounts
 from miles.services.controller.speculation.draft_counts import DraftCounts, Versions
 
 FROZEN = DraftSetup(Speculation(DraftKind.EAGLE3, "/models/head", num_steps=3), trained=False)
@@ -44,6 +44,19 @@ def test_few_verifications_are_judged_with_those_of_later_steps() -> None:
     few = ENOUGH // 4 + 1
     assert [watched.note(i, step(1.0, verifications=few)) for i in range(3)] == [([], [])] * 3
     assert len(watched.note(3, step(1.0, verifications=few))[0]) == 1
+
+
+def test_an_engine_that_turns_drafts_off_is_judged_by_what_it_counted_before() -> None:
+    wrong = alarm()
+    (warning,), _ = wrong.note(0, step(1.0, verifications=ENOUGH_AT_OFF), off=["rollout-0"])
+    assert "rollout-0 1.00" in warning
+    good = alarm()
+    assert good.note(0, step(2.5)) == ([], [])
+    assert good.note(1, step(2.0), off=["rollout-0"]) == ([], [])
+    for at in range(2, 9):
+        assert good.note(at, step(1.0), off=["rollout-0"]) == ([], []), "nothing was drafted"
+    assert good.note(9, step(1.0)) == ([], []), "it was off when the step began"
+    assert len(good.note(10, step(1.0))[0]) == 1
 
 
 def test_engines_that_fail_together_are_told_together() -> None:

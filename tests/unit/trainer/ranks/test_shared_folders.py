@@ -11,9 +11,9 @@ from miles.services.trainer.ranks import shared_folders
 from miles.services.trainer.ranks.collective_calls import Command
 
 
-def seen(checkpoints: pathlib.Path, **folders: pathlib.Path) -> str:
+def seen(shared: pathlib.Path, what: str = "checkpoints", **folders: pathlib.Path) -> str:
     given = {key: str(folder) for key, folder in folders.items()}
-    arguments = {"checkpoints": str(checkpoints), "token": "left-by-rank-0", "folders": given}
+    arguments = {"tokens": {what: str(shared / "left-by-rank-0")}, "folders": given}
     return shared_folders.look(Command(shared_folders.LOOK, arguments)).decode()
 
 
@@ -27,12 +27,11 @@ def test_a_model_that_is_not_on_every_host_is_named(tmp_path: pathlib.Path) -> N
     assert missing.startswith(f"ref_load = {tmp_path}/model is no folder on {socket.gethostname()}")
 
 
-def test_checkpoints_in_a_folder_of_one_host_are_refused(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("what", "setting"), [("checkpoints", "save"), ("recordings", "draft_recordings_dir")])
+def test_what_ranks_write_together_is_refused_in_a_folder_of_one_host(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str, setting: str
 ) -> None:
     monkeypatch.setattr(shared_folders, "_VISIBLE_S", 0.1)
-    found = seen(tmp_path, hf_checkpoint=tmp_path)
-    assert found.startswith(
-        f"the folder of checkpoints {tmp_path} on {socket.gethostname()} is not that of the trainer's"
-    )
-    assert "storage that all nodes share" in found
+    found = seen(tmp_path, what, hf_checkpoint=tmp_path)
+    assert found.startswith(f"the folder of {what} {tmp_path} on {socket.gethostname()} is not that of the trainer's")
+    assert f"set {setting} (or run_dir) to a folder on storage that all nodes share" in found

@@ -22,9 +22,11 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.busy_clock import BusyClock
 from miles.services.rollout.engines.sglang.requests.continuation import Continuation, read_end_tokens
 from miles.services.rollout.engines.sglang.requests.payload import STREAM_INTERVAL, to_payload
-from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder
+from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder, speculative_counters
 from miles.services.rollout.engines.sglang.requests.server_choice import Router
 from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.speculative.acceptance import RequestCounters
+from miles.types import SpeculativeStats
 from miles.types.experts import read_expert_layout
 
 ABORT_DEADLINE_S = 60.0
@@ -68,13 +70,19 @@ class Dispatcher:
         *,
         wanted_version: Callable[[], int | None],
         on_waiting: Callable[[], None],
+        on_verified: Callable[[int, SpeculativeStats], None] = lambda version, new: None,
     ) -> None:
-        """`on_waiting` is called while a request waits for a server, which may have released its memory."""
+        """Build it; requests come once `model` is set.
+
+        `on_waiting` is called while a request waits for a server, which may have released its memory. `on_verified`
+        gets what became of drafts since the last event of a response, with the version that its server holds.
+        """
         self._replicas = replicas
         self._changed = changed
         self._background = background
         self._wanted_version = wanted_version
         self._on_waiting = on_waiting
+        self._on_verified = on_verified
         self._experts = read_expert_layout(options.hf_checkpoint) if options.routed_experts else None
         self._end_tokens = read_end_tokens(options.hf_checkpoint)
         self._router = Router()
@@ -225,9 +233,13 @@ class Dispatcher:
         payload = to_payload(
             request, active.rid, cache_key=replica.cache_key, seeded=self.model.seeded, interval=self._interval
         )
+        counters, version = RequestCounters(), replica.version
         async with contextlib.aclosing(replica.batches.generate(request.group, payload)) as events:
             async for event in events:
                 replica.mark_progress()
+                version = version if replica.version is None else replica.version
+                if version is not None:
+                    self._on_verified(version, counters.new(speculative_counters(event["meta_info"])))
                 delta = await decoder.decode_apart(event)
                 yield delta
                 if delta.result is not None:

@@ -79,7 +79,7 @@ class ResponseDecoder:
             weight_versions=spans,
             cached_prompt_tokens=int(meta.get("cached_tokens") or 0),
             routed_experts=None if lost else self._routed_experts(meta, reason),
-            speculative=_speculative(meta),
+            speculative=speculative_counters(meta),
             retractions=retractions,
         )
 
@@ -119,7 +119,11 @@ def _last(items: Sequence[Any], count: int, what: str) -> list[Any]:
     return list(items[len(items) - count :])
 
 
-def _speculative(meta: Mapping[str, Any]) -> SpeculativeStats | None:
+def speculative_counters(meta: Mapping[str, Any]) -> SpeculativeStats | None:
+    """A request's drafts so far; None for one without.
+
+    SGLang counts as proposed what it proposes at most: where it adapts its steps, fewer may have been.
+    """
     if not meta.get("spec_verify_ct"):
         return None
     return SpeculativeStats(

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from miles.config.sglang.server_flags import server_flags
+from miles.config.speculation import speculation_of
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.served_model import ServedModel
+from miles.services.rollout.engines.sglang.speculative.drafting_flags import runs_draft_model
 
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
@@ -23,10 +25,13 @@ SPARE_TOKENS = 6
 """Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
 
-def command(options: SglangOptions, index: int, port: int, model: ServedModel) -> list[str]:
+def command(
+    options: SglangOptions, index: int, port: int, model: ServedModel, drafting: Mapping[str, Any] | None = None
+) -> list[str]:
     """The command that starts server number `index` on a port of the loopback device.
 
-    SGLang refuses to start with a longer context than the model's positions.
+    SGLang refuses to start with a longer context than the model's positions. `drafting`: flags of speculative decoding
+    that follow from the job's.
     """
     arguments = [options.python, "-m", "sglang.launch_server"]
     arguments += ["--model-path", model.folder, "--host", "127.0.0.1", "--port", str(port)]
@@ -45,8 +50,12 @@ def command(options: SglangOptions, index: int, port: int, model: ServedModel) -
         arguments += ["--load-format", "dummy"]
         if has_draft_weights(options.server_flags) and "speculative_draft_load_format" not in options.server_flags:
             arguments += ["--speculative-draft-load-format", "auto"]
-    if options.max_running_requests is not None:
-        arguments += ["--max-running-requests", str(options.max_running_requests)]
+    most = options.max_running_requests
+    drafts = speculation_of(options.server_flags)
+    if most is None and drafts.is_on:
+        most = options.concurrency  # with drafts SGLang takes 48 unless it is told otherwise
+    if most is not None:
+        arguments += ["--max-running-requests", str(most)]
     if options.routed_experts:
         arguments += ["--enable-return-routed-experts"]
     if options.on_gpu and (options.routed_experts or options.recipe is not None):
@@ -54,10 +63,11 @@ def command(options: SglangOptions, index: int, port: int, model: ServedModel) -
         arguments += ["--disable-shared-experts-fusion"]
     if options.memory_saver:
         arguments += ["--enable-memory-saver"]
-        if has_draft_weights(options.server_flags) and "enable_draft_weights_cpu_backup" not in options.server_flags:
-            # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one.
+        if runs_draft_model(drafts) and "enable_draft_weights_cpu_backup" not in options.server_flags:
+            # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one. No
+            # version brings back what a draft has computed once, as its tables of positions.
             arguments += ["--enable-draft-weights-cpu-backup"]
-    flags = dict(options.flags_of(index))
+    flags = {**(drafting or {}), **options.flags_of(index)}
     if options.recipe is not None:
         flags[_CUSTOM_LOADERS] = [KEEP_WORKSPACES, DRAIN, *_custom_loaders(flags)]
     return [*arguments, *passed_through(flags)]
@@ -84,9 +94,14 @@ def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
 
 
 def has_draft_weights(flags: Mapping[str, Any]) -> bool:
-    """Whether a server with these flags has a draft model whose weights are not the policy's own."""
+    """Whether a server with these flags has a draft model whose weights are not the policy's own.
+
+    A server that drafts by the policy's MTP layers says of itself that its draft is in the policy's folder.
+    """
     algorithm = str(flags.get("speculative_algorithm") or "").upper()
-    return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
+    folder = flags.get("speculative_draft_model_path")
+    of_policy = algorithm == "EAGLE" and folder == flags.get("model_path")
+    return algorithm in DRAFT_ALGORITHMS and folder is not None and not of_policy
 
 
 def has_functions(flags: Mapping[str, Any]) -> bool:

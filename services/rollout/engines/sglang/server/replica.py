@@ -58,6 +58,8 @@ class Replica:
         self.api = SglangApi("" if self.managed else options.addresses[index])
         self.model = ServedModel(options.hf_checkpoint)
         """What it starts from; its positions are to be set before `start`."""
+        self.drafting: Mapping[str, Any] = {}
+        """SGLang's flags of speculative decoding that follow from the job's; to be set before `start`."""
         self.version: int | None = None
         self._loads = 0
         self.ranks = options.gpus_per_engine if options.addresses else options.gpus_of(index)
@@ -181,7 +183,7 @@ class Replica:
             log_dir = self._options.log_dir
             log_path = None if log_dir is None else log_dir / f"{self._options.name}-sglang-{self.index}.log"
             self._process = await ServerProcess.start(
-                flags.command(self._options, self.index, port, self.model), log_path
+                flags.command(self._options, self.index, port, self.model, self.drafting), log_path
             )
         await self.api.open()
         async with contextlib.AsyncExitStack() as undo:

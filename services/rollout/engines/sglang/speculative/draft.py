@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from miles.config.checks.json_file import read_json_object
 from miles.weights.naming.published import refuse
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
     from miles.weights.naming.conversion import Shapes
 
-_SHARED = ("embed_tokens.weight", "lm_head.weight")
+_EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_VOCABULARY_MAPS = ("d2t", "t2d")
+"""Which tokens an EAGLE-3 head can draft: a server reads them once, when it starts."""
 
 Load = Callable[[Mapping[str, "torch.Tensor"]], Awaitable[float]]
 
@@ -31,6 +34,8 @@ class DraftModel:
         self.device = device
         self.version: int | None = None
         self._shapes = checkpoint_shapes(pathlib.Path(folder))
+        self.config = read_json_object(pathlib.Path(folder) / "config.json")
+        """config.json of its checkpoint."""
         self._load = load
         self._verify = verify
         self._tensors: Mapping[str, torch.Tensor] = {}
@@ -38,13 +43,17 @@ class DraftModel:
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         """Swap in draft weights between two steps; return the pause time in seconds.
 
-        Raises WeightsRefused before anything changed when the checkpoint has no such parameters.
+        Raises WeightsRefused before anything changed when the checkpoint has no such parameters, or others too: SGLang
+        would keep what it has of those. Embeddings, a head and maps of the vocabulary may be left out.
         """
         faults = [
             f"{name} has shape {tuple(tensor.shape)}; the draft model's is {self._shapes.get(name, 'not there')}"
             for name, tensor in tensors.items()
             if self._shapes and self._shapes.get(name) != tuple(tensor.shape)
         ]
+        optional = (_EMBEDDINGS, _HEAD, *_VOCABULARY_MAPS)
+        missing = (name for name in self._shapes if name not in tensors and not name.endswith(optional))
+        faults += [f"{name} is missing" for name in missing]
         refuse(faults, "the draft model")
         self.version = None
         pause_s = await self._load(tensors)
@@ -71,14 +80,32 @@ def checkpoint_shapes(folder: pathlib.Path) -> Shapes:
 
 
 def own_parameters(
-    tensors: Mapping[str, torch.Tensor], algorithm: str, policy_shapes: Shapes
+    tensors: Mapping[str, torch.Tensor], algorithm: str, config: Mapping[str, Any], policy_shapes: Shapes
 ) -> Mapping[str, torch.Tensor]:
-    """The draft's tensors without those whose memory may be the policy's.
+    """The draft's tensors without those whose memory is the policy's, and without what a server reads only once.
+
+    Args:
+        tensors: Of a version, by the draft's names.
+        algorithm: SGLang's speculative algorithm.
+        config: config.json of the draft.
+        policy_shapes: Of the policy's tensors, by name.
 
     In SGLang, drafts of the EAGLE family use the policy's own embeddings, and some its head: loading these tensors
     would overwrite the policy. A STANDALONE draft shares nothing.
     """
     if algorithm.upper() == "STANDALONE":
         return tensors
-    shared = {shape for name, shape in policy_shapes.items() if name.endswith(_SHARED)}
-    return {n: t for n, t in tensors.items() if not (n.endswith(_SHARED) and tuple(t.shape) in shared)}
+    names = (_EMBEDDINGS, _HEAD) if _shares_head(algorithm, config) else (_EMBEDDINGS,)
+    shared = {shape for name, shape in policy_shapes.items() if name.endswith((_EMBEDDINGS, _HEAD))}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(_VOCABULARY_MAPS) and not (name.endswith(names) and tuple(tensor.shape) in shared)
+    }
+
+
+def _shares_head(algorithm: str, config: Mapping[str, Any]) -> bool:
+    """Whether the draft predicts by the policy's head; an EAGLE-3 head does where its config.json does not size its own
+    (`llama_eagle3.py`), or ties it to the embeddings."""
+    own = config.get("draft_vocab_size") is not None and not config.get("tie_word_embeddings")
+    return not (algorithm.upper() == "EAGLE3" and own)

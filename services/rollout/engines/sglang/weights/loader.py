@@ -50,6 +50,7 @@ class WeightLoader:
         self._dtype: torch.dtype = getattr(torch, options.dtype)
         self._selector: Selector = "all"
         self._draft_algorithm = ""
+        self._draft_config: Mapping[str, Any] = {}
         self._draft: Mapping[str, torch.Tensor] = {}
         self._sums: dict[Selector, tuple[bytes, str]] = {}
         """For the last version received by broadcast: its manifest's checksum, and that of the servers."""
@@ -103,9 +104,12 @@ class WeightLoader:
         write_folder(Path(own), folder, quantisation)
         return ServedModel(own, positions, has_weights=False)
 
-    def keep_draft_apart(self, algorithm: str) -> None:
-        """Load the policy's versions into the policy only: the servers have a draft model with weights of its own."""
-        self._selector, self._draft_algorithm = "target", algorithm
+    def keep_draft_apart(self, algorithm: str, config: Mapping[str, Any]) -> None:
+        """Load the policy's versions into the policy only: the servers have a draft model with weights of its own.
+
+        `config`: the draft model's config.json.
+        """
+        self._selector, self._draft_algorithm, self._draft_config = "target", algorithm, config
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise WeightsRefused when these are not the tensors that the trainer is to publish."""
@@ -155,7 +159,7 @@ class WeightLoader:
 
     async def load_draft(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load the draft model's weights into paused servers; if their memory is released, once it is restored."""
-        own = own_parameters(tensors, self._draft_algorithm, self._layout.shapes)
+        own = own_parameters(tensors, self._draft_algorithm, self._draft_config, self._layout.shapes)
         if not self._released:
             await self._push(await self._servers.up(), None, own, "draft")
         self._draft = own

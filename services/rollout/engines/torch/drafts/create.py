@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from miles.config.speculation import DraftKind
+from miles.services.rollout.engines.torch.drafts.eagle3 import Eagle3Proposer
 from miles.services.rollout.engines.torch.drafts.ngram import NgramProposer
 from miles.services.rollout.engines.torch.drafts.proposer import Policy, Proposer
+from miles.services.rollout.engines.torch.drafts.standalone import StandaloneProposer
 
 _BY_KIND: Mapping[DraftKind, Callable[[Policy], Proposer]] = {
     DraftKind.NGRAM: lambda _policy: NgramProposer(),
+    DraftKind.STANDALONE: StandaloneProposer,
+    DraftKind.EAGLE3: Eagle3Proposer,
 }
 
 

@@ -58,11 +58,15 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
 
 def likeliest(logits_RV: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
     """The likeliest tokens of the first len(counts) rows, as many as each count, from the likeliest on."""
-    most = min(max(counts, default=0), logits_RV.shape[1])
-    if not most:
-        return [[] for _ in counts]
-    ids_RK = logits_RV[: len(counts)].topk(most, dim=-1).indices.tolist()
-    return [ids[:count] for ids, count in zip(ids_RK, counts, strict=True)]
+    found: list[list[int]] = [[] for _ in counts]
+    for count in set(counts) - {
+        0
+    }:  # each by itself: which of equal logits come first depends on how many are asked for
+        rows = [row for row, asked in enumerate(counts) if asked == count]
+        ids_RK = logits_RV[rows].topk(min(count, logits_RV.shape[1]), dim=-1).indices.tolist()
+        for row, ids in zip(rows, ids_RK, strict=True):
+            found[row] = ids
+    return found
 
 
 def _at_temperature(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,6 +31,9 @@ _ROWS = (16, 17, 23, 31, 32, 48, 63, 64, 100, 128, 200, 256, 300)
 _EXTRA_ROWS = {"cpu": 64, "cuda": 256}
 """Prompt tokens of a step beside all decoding requests, where every step has the same number of rows; and drafts."""
 
+_VECTOR = 32
+"""Numbers that elementwise functions of a CPU take at once, at most."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowPadding:
@@ -37,12 +41,14 @@ class RowPadding:
 
     rows: int = MIN_ROWS
     exact: bool = False
+    multiple: int = 1
+    """What the number of rows is rounded up to a multiple of."""
 
     def missing(self, count: int) -> int:
         """Rows to add to `count`; raises ValueError when they are too many already."""
         if self.exact and count > self.rows:
             raise ValueError(f"{count} rows in a step that is padded to exactly {self.rows}")
-        return max(0, self.rows - count)
+        return round_up(max(self.rows, count), self.multiple) - count
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +84,9 @@ def choose_padding(
     max_draft_tokens = max_running_requests * max_drafts
     queries = min_query_rows(shape, dtype, device)
     faults = [] if queries is not None else ["attention"]
-    tokens = logits = RowPadding()
+    # A CPU rounds the last few numbers of a tensor, which fill no vector, otherwise: of a router's sigmoid, say.
+    tokens = RowPadding(multiple=_VECTOR // math.gcd(_VECTOR, shape.experts) if shape.experts else 1)
+    logits = RowPadding()
     if dependent_shapes(shape, dtype, device, _ROWS, linear):
         extra = min(max_prefill_tokens, _EXTRA_ROWS.get(device.type, 64))
         max_prefill_tokens = extra

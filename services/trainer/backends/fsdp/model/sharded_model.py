@@ -140,9 +140,14 @@ def _fill(model: FSDPModule, weights: dict[str, Any], buffers: dict[str, torch.T
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The model's repeated blocks, found by the class names that transformers gives for them."""
+    """The model's repeated blocks, sharded or not, found by the class names that transformers gives for them."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if not names.isdisjoint(_class_names(module))]
+
+
+def _class_names(module: torch.nn.Module) -> list[str]:
+    """FSDP makes a sharded module's class one of its own, below the model's."""
+    return [kind.__name__ for kind in type(module).__mro__]
 
 
 def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from miles.precision.recipe import Recipe
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
 from miles.services.trainer.backends.fsdp.model.compiled_layers import OPTIONS, compile_layers
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
+from miles.services.trainer.recording.layer_reader import LayerReader
 from tests.support.trainer_cases import random_groups
 
 META = torch.device("meta")
@@ -35,8 +36,12 @@ def run(model: Any, micro_batch: MicroBatch, *, backward: bool = True) -> None:
 
 
 @pytest.mark.slow  # the compiler traces for a minute on a busy machine
-@pytest.mark.parametrize("recipe", [None, Recipe(format="fp8_block")], ids=["full precision", "fp8_block"])
-def test_one_graph_serves_all_layers_and_all_micro_batches(recipe: Recipe | None) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "recorded"),
+    [(None, ()), (Recipe(format="fp8_block"), ()), (None, (1, 2))],
+    ids=["full precision", "fp8_block", "recorded"],
+)
+def test_one_graph_serves_all_layers_and_all_micro_batches(recipe: Recipe | None, recorded: tuple[int, ...]) -> None:
     """The first one shares no prompt, so that its numbers of rows and of slots are equal; later ones differ in all."""
     from torch._dynamo.testing import CompileCounterWithBackend
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -59,7 +64,12 @@ def test_one_graph_serves_all_layers_and_all_micro_batches(recipe: Recipe | None
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     compile_layers(model, backend=counter)
+    reader = LayerReader({layer: model.model.layers[layer] for layer in recorded})
+    found: list[int] = []
+    reader.begin(lambda layer, hidden_1TD: found.append(layer))
     run(model, packed(6, 4, False))
+    reader.end()
+    assert found == list(recorded)
     graphs = counter.frame_count
     assert 1 <= graphs < config.num_hidden_layers
     for seed, count in enumerate((5, 1, 4, 20, 32, 2)):

@@ -122,6 +122,9 @@ def test_flags_of_sglang_are_passed_on(value: Any, expected: list[str]) -> None:
 def test_a_draft_model_of_its_own_is_known() -> None:
     assert has_draft_weights({"speculative_algorithm": "eagle3", "speculative_draft_model_path": "d"})
     assert not has_draft_weights({"speculative_algorithm": "NEXTN"})
+    attached = {"model_path": "m", "speculative_draft_model_path": "m"}
+    assert not has_draft_weights({**attached, "speculative_algorithm": "EAGLE"}), "its own MTP layers"
+    assert has_draft_weights({**attached, "speculative_algorithm": "STANDALONE"})
     assert not has_draft_weights({})
     assert is_deterministic({"enable_deterministic_inference": True})
     assert not is_deterministic({})
@@ -162,6 +165,23 @@ def test_a_folder_without_weights_starts_with_noise_and_the_draft_with_its_own()
     drafted = options_of(sglang_speculative_algorithm="EAGLE3", sglang_speculative_draft_model_path="draft")
     assert "--speculative-draft-load-format auto" in " ".join(command(drafted, 0, 30000, served))
     assert "--disable-shared-experts-fusion" not in words(drafted)
+
+
+def test_servers_with_drafts_take_as_many_requests_as_without() -> None:
+    assert "--max-running-requests 512" in words(options_of(sglang_speculative_algorithm="NGRAM"))
+    given = options_of(sglang_speculative_algorithm="NGRAM", sglang_server_concurrency=64)
+    assert "--max-running-requests 64" in words(given)
+    assert "--max-running-requests 8" in words(options_of(sglang_speculative_algorithm="NGRAM", max_running_requests=8))
+    assert "--max-running-requests" not in words(options_of())
+
+
+def test_flags_of_drafts_that_follow_are_given_to_every_server_and_never_against_the_job() -> None:
+    options = options_of(sglang_speculative_algorithm="EAGLE", sglang_speculative_num_steps=5)
+    follow = {"speculative_num_steps": 3, "speculative_eagle_topk": 1}
+    line = " ".join(command(options, 0, 30000, ServedModel("m", 4096), follow))
+    assert "--speculative-num-steps=5" in line
+    assert "--speculative-num-steps=3" not in line
+    assert "--speculative-eagle-topk=1" in line
 
 
 def test_servers_of_quantised_weights_have_functions_beside_other_loaders() -> None:

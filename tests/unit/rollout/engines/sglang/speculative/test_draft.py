@@ -72,8 +72,32 @@ async def test_weights_of_another_model_are_refused_before_anything_changes(
     assert len(servers.loads) == 1
 
 
-def test_what_may_be_the_policys_own_memory_is_left_alone() -> None:
-    head = {**DRAFT, "lm_head.weight": torch.ones(4, 3)}
-    assert set(own_parameters(head, "EAGLE3", POLICY_SHAPES)) == {"model.layers.0.w", "lm_head.weight"}
-    assert set(own_parameters(DRAFT, "eagle", POLICY_SHAPES)) == {"model.layers.0.w"}
-    assert set(own_parameters(DRAFT, "STANDALONE", POLICY_SHAPES)) == set(DRAFT)
+async def test_a_version_that_leaves_something_out_is_refused(draft: DraftModel, servers: Servers) -> None:
+    with pytest.raises(WeightsRefused, match=r"model.layers.0.w is missing"):
+        await draft.load_weights(7, {"model.embed_tokens.weight": DRAFT["model.embed_tokens.weight"]})
+    await draft.load_weights(8, {"model.layers.0.w": DRAFT["model.layers.0.w"]})
+    assert draft.version == 8
+
+
+HEAD = {**DRAFT, "lm_head.weight": torch.ones(8, 3), "d2t": torch.zeros(8), "t2d": torch.ones(8)}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "config", "own"),
+    [
+        ("EAGLE3", {"draft_vocab_size": 8}, {"model.layers.0.w", "lm_head.weight"}),
+        ("EAGLE3", {"draft_vocab_size": None}, {"model.layers.0.w"}),
+        ("EAGLE3", {"draft_vocab_size": 8, "tie_word_embeddings": True}, {"model.layers.0.w"}),
+        ("eagle", {"draft_vocab_size": 8}, {"model.layers.0.w"}),
+        ("STANDALONE", {}, set(HEAD)),
+    ],
+)
+def test_what_is_the_policys_own_memory_or_read_only_once_is_left_alone(
+    algorithm: str, config: dict[str, object], own: set[str]
+) -> None:
+    assert set(own_parameters(HEAD, algorithm, config, POLICY_SHAPES)) == own
+
+
+def test_a_smaller_head_is_the_drafts_own() -> None:
+    head = {"lm_head.weight": torch.ones(4, 3), "model.embed_tokens.weight": torch.ones(8, 2)}
+    assert set(own_parameters(head, "EAGLE", {}, POLICY_SHAPES)) == set(head)

@@ -180,8 +180,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.version += 1
         self.scheduler.weights_changed()
 
-    @rule()
-    def step(self) -> None:
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
         plan = self.scheduler.plan()
         for move in plan.moves:
             assert 0 < move.length <= len(self.cache[move.source])
@@ -189,8 +189,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for copy in plan.copies:
             self.cache[copy.target.slot] = self.cache[copy.source.slot][: copy.length]
             assert all(version == self.version for _, version in self.cache[copy.target.slot])
+        accepted = {}
         for item in plan.decode:
             self.compute(item, len(item.tokens) - 1, len(item.tokens))
+            kept, rejected = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 2)))
+            accepted[item.slot] = kept
+            self.cache[item.slot] += [(0, self.version)] * kept + [(9, self.version)] * rejected
         for chunk in plan.prefill:
             self.compute(chunk.sequence, chunk.start, chunk.end)
         for share in plan.shares:
@@ -200,6 +204,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sum(chunk.end - chunk.start for chunk in plan.prefill) <= 5
         assert not (plan.empty and self.live)
         draw(plan)
+        for item in plan.decode:
+            for _ in range(accepted[item.slot]):
+                item.append(0, 1)
+            item.computed += accepted[item.slot]
+            assert item.pending == 1
 
     def compute(self, item: Sequence, start: int, end: int) -> None:
         kept = self.cache[item.slot][:start]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -55,6 +56,25 @@ def test_independent_rows_are_padded_to_sixteen_at_least() -> None:
     padding = choose_padding(SHAPE, torch.float32, CPU, **LIMITS, linear=one_by_one)
     assert padding.tokens == padding.logits == RowPadding(MIN_ROWS, exact=False)
     assert padding.max_prefill_tokens == 1000
+
+
+def test_routers_have_no_numbers_left_over_from_vectors() -> None:
+    for experts, multiple in ((8, 4), (6, 16), (64, 1)):
+        padding = choose_padding(
+            dataclasses.replace(SHAPE, experts=experts), torch.float32, CPU, **LIMITS, linear=one_by_one
+        )
+        assert padding.tokens == RowPadding(multiple=multiple)
+        for count in (1, 16, 17, 21):
+            assert (count + padding.tokens.missing(count)) * experts % 32 == 0
+
+
+def test_drafts_take_no_rows_from_prompts() -> None:
+    padding = choose_padding(SHAPE, torch.float32, CPU, **LIMITS, max_drafts=4, linear=one_by_one)
+    assert (padding.max_draft_tokens, padding.max_prefill_tokens) == (80, 1000)
+    padding = choose_padding(SHAPE, torch.float32, CPU, **LIMITS, max_drafts=4, linear=split_when_many)
+    assert (padding.max_draft_tokens, padding.max_prefill_tokens) == (64, 64)
+    assert padding.tokens.missing(20 + 64 + 64) >= 0
+    assert padding.logits.missing(20 + 64) >= 0
 
 
 def test_a_kernel_that_changes_with_the_number_of_rows_gets_one_number(caplog: pytest.LogCaptureFixture) -> None:
