@@ -311,8 +311,12 @@ def test_fsdp_bounds_logits_of_the_models_whose_head_allows_it(model: pathlib.Pa
 
 def test_training_mtp_layers_takes_embeddings_activations_and_logits_on_the_last_stage(tmp_path: pathlib.Path) -> None:
     sizes = {
-        **{"actor_num_gpus_per_node": 8, "pipeline_model_parallel_size": 4, "decoder_last_pipeline_num_layers": 1},
-        **{"tensor_model_parallel_size": 2, "sequence_parallel": True, "mtp_num_layers": 1},
+        "actor_num_gpus_per_node": 8,
+        "pipeline_model_parallel_size": 4,
+        "decoder_last_pipeline_num_layers": 1,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "mtp_num_layers": 1,
     }
     held, trained = (deepseek(tmp_path, **sizes, enable_mtp_training=on) for on in (False, True))
     borrowed = 129_280 // 2 * 7168 * trained.train_bytes
