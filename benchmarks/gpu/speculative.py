@@ -37,8 +37,10 @@ from miles.drafts.folders import trained_dir
 
 RECIPE = "examples/smollm2_chain_sum/config.yaml"
 STEPS = 3
+PROMPT_TOKENS = 120
+"""Room for each prompt, and for drafts."""
 SERVER_FLAGS: Mapping[str, Any] = {
-    "attention_backend": "fa3",
+    "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.2,
     "disable_prefill_cuda_graph": True,
@@ -123,7 +125,11 @@ def train_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 async def measure(args: argparse.Namespace) -> None:
     """The runs, while the servers start; then tokens per second from pools of all sizes, and what a new draft costs."""
-    graphs = {"cuda_graph_bs_decode": sorted(args.pools), "max_running_requests": max(args.pools)}
+    room = {
+        "max_running_requests": max(args.pools),
+        "max_total_tokens": max(args.pools) * (args.tokens + PROMPT_TOKENS),
+    }
+    graphs = {"cuda_graph_bs_decode": sorted(args.pools), **room}
     common = {**SERVER_FLAGS, **graphs} if args.device == "cuda" else {}
     plain, drafting = Pool(args, "none", common), Pool(args, "drafts", {**common, **speculation(args)})
     try:
