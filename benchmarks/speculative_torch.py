@@ -4,10 +4,10 @@
     python -m benchmarks.speculative_torch --hf-checkpoint DIR --dtype bfloat16 --batches 1,8 --device cuda
 
 Each request brings along one earlier response: the one that it is about to get, with a share of its tokens replaced at
-random places. At 0 % this is text that comes again word by word; at 50 % most drafts are wrong and only cost. All engines
-generate the same tokens, which is checked. Rounds alternate between them: without drafts, with drafts always, and with
-automatic speculation, which goes on measuring from round to round. The table shows medians. Without a checkpoint a
-Llama of random weights is used, as fast as a real one of its size.
+random places. At 0 % this is text that comes again word by word; at 50 % most drafts are wrong and only cost. All
+engines generate the same tokens, which is checked. Rounds alternate between them: without drafts, with drafts always,
+and with automatic speculation, which goes on measuring from round to round. The table shows medians. Without a
+checkpoint a Llama of random weights is used, as fast as a real one of its size.
 """
 
 from __future__ import annotations

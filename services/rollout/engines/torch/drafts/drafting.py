@@ -26,7 +26,7 @@ class Drafting:
     """Drafts of running requests. Used by the worker thread alone, but for `state`."""
 
     def __init__(self, proposer: Proposer, speculation: Speculation, *, max_draft_tokens: int, vocabulary: int) -> None:
-        """`max_draft_tokens`: of all requests together in one step at most; `vocabulary`: tokens that the policy has."""
+        """`max_draft_tokens`: of all requests together in one step at most; `vocabulary`: of the policy, in tokens."""
         self.proposer = proposer
         self._vocabulary = vocabulary
         self._num_steps = speculation.num_steps
