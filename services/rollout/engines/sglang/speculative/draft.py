@@ -46,14 +46,15 @@ class DraftModel:
         Raises WeightsRefused before anything changed when the checkpoint has no such parameters, or others too: SGLang
         would keep what it has of those. Embeddings, a head and maps of the vocabulary may be left out.
         """
+        held = self._shapes
         faults = [
-            f"{name} has shape {tuple(tensor.shape)}; the draft model's is {self._shapes.get(_plain(name), 'not there')}"
+            f"{name} has shape {tuple(tensor.shape)}; the draft model's is {held.get(_plain(name), 'not there')}"
             for name, tensor in tensors.items()
-            if self._shapes and self._shapes.get(_plain(name)) != tuple(tensor.shape)
+            if held and held.get(_plain(name)) != tuple(tensor.shape)
         ]
         optional = (_EMBEDDINGS, _HEAD, *_VOCABULARY_MAPS)
         given = {_plain(name) for name in tensors}
-        missing = (name for name in self._shapes if name not in given and not name.endswith(optional))
+        missing = (name for name in held if name not in given and not name.endswith(optional))
         faults += [f"{name} is missing" for name in missing]
         refuse(faults, "the draft model")
         self.version = None
@@ -68,7 +69,7 @@ class DraftModel:
 
 
 def _plain(name: str) -> str:
-    """A name as SGLang reads it, which takes the layer of an EAGLE-3 head by two, with or without the model's prefix."""
+    """A name as SGLang reads it: with or without the model's prefix, and an EAGLE-3 head's layer by two names."""
     return name.removeprefix("model.").replace("midlayer.", "layers.0.")
 
 
