@@ -195,3 +195,13 @@ def request_of(
     """A request, of 40 tokens unless said otherwise."""
     params = SamplingParams(**{"max_new_tokens": 40, **sampling})
     return GenerationRequest(request_id, [*prompt, *resumed], params, len(resumed), routed, top_token_ids=top)
+
+
+def alike(responses: Mapping[str, Generated]) -> dict[str, Any]:
+    """What has to be the same with drafts and without, by request."""
+    return {name: response.alike() for name, response in responses.items()}
+
+
+def futures(responses: Mapping[str, Generated]) -> dict[str, Sequence[int]]:
+    """The responses as an oracle knows them."""
+    return {name: response.tokens for name, response in responses.items()}
