@@ -104,9 +104,8 @@ function groupBy(spans) {
 }
 
 function loadText(worker) {
-  const { running_requests: running, waiting_requests: waiting, running_samples: scoring, accept_length: length } = worker.load;
-  const drafts = length === undefined ? "" : `, ${number(length)} tokens per verification`;
-  if (running !== undefined) return `${number(running)} running, ${number(waiting)} waiting${drafts}`;
+  const { running_requests: running, waiting_requests: waiting, running_samples: scoring } = worker.load;
+  if (running !== undefined) return `${number(running)} running, ${number(waiting)} waiting`;
   return scoring !== undefined ? `${number(scoring)} being scored` : "";
 }
 
