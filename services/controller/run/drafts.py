@@ -36,7 +36,7 @@ _MISSING_S = 60.0
 """How long there may be no draft trainer before people are told."""
 _CHECK_S = 0.5
 """How often a wait looks for what ends it."""
-_RETRY_S = 5.0
+_RETRY_S, _LONGEST_RETRY_S = 5.0, 60.0
 """Time between two attempts at what has failed."""
 _BUSY = {"training": "train draft", "publishing": "publish draft"}
 """Activities in a run's timeline, by the first word of what the draft trainer says."""
@@ -149,19 +149,25 @@ class RunDrafts:
 
     async def _follow(self) -> None:
         """Have a draft trainer work on the job, again and again."""
+        pause_s = _RETRY_S
         while True:
             worker = await self._worker()
+            what = "is lost"
             try:
                 await self._follow_worker(worker)
                 why = "it has left the job"
-            except (WorkerLostError, WorkerFailedError) as error:
+            except WorkerLostError as error:
                 why = str(error)
+            except WorkerFailedError as error:
+                what, why = "trains no drafts", str(error)
             if self._lost != worker.worker_id:
                 self._lost = worker.worker_id
-                self._alerts.report(
-                    f"{worker.worker_id} is lost, and the run goes on with the draft that it has: {why}"
-                )
-            await asyncio.sleep(_RETRY_S if not worker.lost.is_set() else 0)
+                self._alerts.report(f"{worker.worker_id} {what}, and the run goes on with the draft that it has: {why}")
+            if worker.lost.is_set():
+                pause_s = _RETRY_S
+            else:  # the same process is asked again, ever more seldom
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
 
     async def _worker(self) -> AttachedWorker:
         """Wait for a draft trainer to attach."""
