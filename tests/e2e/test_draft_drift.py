@@ -1,4 +1,4 @@
-"""A draft falls behind a policy that learns, and keeps up with it when it is trained beside it; all services are real."""
+"""A draft falls behind a policy that learns, and one that is trained beside it keeps up; all services are real."""
 
 from __future__ import annotations
 
