@@ -58,7 +58,7 @@ def generate(
         target = driver.generator.drafting.proposer.weights  # type: ignore[union-attr]
         assert target is not None
         target.load(3, target.check(weights))
-    prompts = [[5], list(range(40)) * 2, [9, 8, 7], list(range(2, 20))]
+    prompts = [[5], list(range(64)) * 5, [9, 8, 7], list(range(2, 20))]
     requests = [
         request_of(f"{i}-{j}", prompt, seed=10 * i + j, max_new_tokens=20 + 11 * j)
         for i, prompt in enumerate(prompts)
