@@ -81,6 +81,8 @@ def _activations(run: Run, shape: ModelShape, layout: Layout, stage: int) -> Par
     megatron = s.train_backend == "megatron"
     sequence = bool(megatron and s.sequence_parallel and layout.tensor > 1)
     layers = stage_layers(shape, layout, stage)
+    if s.enable_mtp_training and stage == layout.pipeline - 1:  # their layers are like the last one
+        layers = layers + [shape.layers - 1] * (s.mtp_num_layers or 0)
     norm = 2 if megatron or _fuses_norms(run) else 3 if run.train_bytes == 4 else 4
     elements = [
         layer_elements(shape, layer, layout, sequence_parallel=sequence, norm_elements=norm) for layer in layers
@@ -118,12 +120,15 @@ def _logits(run: Run, shape: ModelShape, layout: Layout) -> list[Part]:
     rows = s.log_probs_chunk_size if s.log_probs_chunk_size > 0 else max(1, _CHUNK_ELEMENTS[_device(run)] // columns)
     rows = min(rows, tokens)
     bounded = shape.plain_head and s.train_backend == "fsdp"
-    most, bound = (_MOST_LOGITS, ", at most 2 GiB") if bounded else (tokens * columns * run.train_bytes, "")
+    heads = 1 + (s.mtp_num_layers or 0) * s.enable_mtp_training
+    every = tokens * columns * run.train_bytes * heads
+    most, bound = (_MOST_LOGITS, ", at most 2 GiB") if bounded else (every, "")
+    times = f" × {heads}, with MTP layers" if heads > 1 else ""
     return [
         Part(
             "logits",
-            min(tokens * columns * run.train_bytes, most),
-            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes{bound}",
+            min(every, most),
+            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes{times}{bound}",
             When.TRAINING,
         ),
         Part(

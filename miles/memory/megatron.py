@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
-from miles.memory.amount import Part, number
+from miles.memory.amount import Part, When, number
 from miles.memory.fsdp import adapter_parameters
 from miles.memory.model import ModelShape
 from miles.memory.parameters import Parameters, layer_parameters, mtp_parameters
@@ -122,6 +122,10 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
         adapters = adapter_parameters(shape, s.lora_rank) // (layout.tensor * layout.pipeline)
         frozen = max(0, own.total - adapters)
     device, host = _trained("policy", run, layout, own, frozen)
+    if s.enable_mtp_training and layout.pipeline > 1 and stage == layout.pipeline - 1 and not shape.tied:
+        borrowed = -(-shape.vocabulary // layout.tensor) * shape.hidden
+        formula = f"{number(borrowed)} × {run.train_bytes} bytes, the first stage's embeddings"
+        device.append(Part("embeddings for MTP layers", borrowed * run.train_bytes, formula, When.TRAINING))
     if run.has_critic:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
         there, here = _trained("critic", run, layout, critic, 0)

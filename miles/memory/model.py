@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 _TIED = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 """Model types whose head is tied unless their configuration says otherwise."""
-_QUERY_BIAS = frozenset({"qwen2", "qwen2_moe"})
+_QUERY_BIAS = frozenset({"qwen2", "qwen2_moe", "mimo"})
 """Model types whose queries, keys and values have biases, whatever their configuration says."""
 _OUTPUT_BIAS = frozenset({"llama", "qwen3", "qwen3_moe", "deepseek_v3", "gemma2", "gemma3", "gemma3_text"})
 """Model types whose `attention_bias` gives the output projection a bias too."""

@@ -1,7 +1,7 @@
 """A model's tensors, from its shape alone: names in the checkpoint form, shapes, and what kind of parameter each is.
 
-Names are those of Llama, Qwen and DeepSeek; MiniMax-M2 and Llama 4 have other ones for the same tensors. Recipes cover
-tensors by names, of which they read the parts that these families share.
+Names are those of Llama, Qwen and DeepSeek; MiniMax-M2, Llama 4 and the MTP layers of MiMo have other ones for the same
+tensors. Recipes cover tensors by names, of which they read the parts that these families share.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from miles.precision.megatron_names import ModulePattern, is_kept
 
 _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")
 _ROUTERS = ("gate", "router", "shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
-HIGH_PRECISION_MODULES = frozenset((*_EMBEDDINGS, *_ROUTERS, "lm_head", "head", "eh_proj", "weights_proj"))
+_MTP_INPUTS = ("eh_proj", "input_proj")
+HIGH_PRECISION_MODULES = frozenset((*_EMBEDDINGS, *_ROUTERS, *_MTP_INPUTS, "lm_head", "head", "weights_proj"))
 """Last parts of the names of modules that no format covers: embeddings, heads and routers, what joins the inputs of MTP
 layers, and the head weights of sparse attention's indexer, which SGLang has in 16 bits too. Gemma 3n's coefficients
 are a few numbers for each token. Norms and biases, which have one dimension, are not covered either."""

@@ -16,7 +16,7 @@ from megatron_models import EXPERTS, FAMILIES, TOP_K, architecture, write_model
 from recorded_reference import FLAGS as RECORDING
 from safetensors.torch import load_file
 
-from miles.config.checks.known_models import BRIDGED
+from miles.config.checks.known_models import BRIDGED, OWN_ARCHITECTURES
 from miles.drafts.recordings import read
 
 pytestmark = [
@@ -93,6 +93,28 @@ def test_recorded_routing_is_replayed_in_grouped_experts(tmp_path: pathlib.Path)
 
 
 @needs_engine
+@pytest.mark.parametrize("family", ["GLM-4.5, MTP", "MiMo"])
+def test_mtp_layers_of_both_kinds_train_alike(tmp_path: pathlib.Path, family: str) -> None:
+    """In GLM-4.5's MTP layer the two choose other experts for some tokens, so its loss is looked at alone."""
+    model = write_model(family, tmp_path / "model")
+    kinds = {name: {"transformer_impl": name} for name in ("local", "transformer_engine")}
+    learns = {"mtp_num_layers": 1, "enable_mtp_training": True}
+    cases = [{**case(name, model, **learns, **flags), "save_hf": True} for name, flags in kinds.items()]
+    run_cases(cases, tmp_path, megatron=False)
+    local, engine = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"][0] for name in kinds)
+    assert engine["train/mtp_loss"] == pytest.approx(local["train/mtp_loss"], rel=0.02)
+    assert abs(engine["train/mtp_acceptance"] - local["train/mtp_acceptance"]) < 0.05
+    before = load_file(model / "model.safetensors")
+    after = [load_file(tmp_path / name / "hf" / "model.safetensors") for name in kinds]
+    trained = [name for name in before if "eh_proj" in name or ".mtp_layers." in name]
+    assert trained
+    assert not any(torch.equal(before[name].to(after[1][name].dtype), after[1][name]) for name in trained)
+    if family == "MiMo":
+        for name in trained:
+            torch.testing.assert_close(after[0][name], after[1][name], rtol=0.05, atol=0.05, msg=name)
+
+
+@needs_engine
 def test_both_backends_record_alike_for_a_draft(tmp_path: pathlib.Path) -> None:
     model = write_model("Llama", tmp_path / "model")
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -142,7 +164,7 @@ def test_every_family_of_the_bridge_converts_both_ways(tmp_path: pathlib.Path) -
 
     scale = {}
     for family in FAMILIES:
-        if architecture(family) in BRIDGED:
+        if architecture(family) in BRIDGED | OWN_ARCHITECTURES:
             folder = write_model(family, tmp_path / family.replace(", ", "-").replace(" ", "-"))
             scale[folder.name] = write_expected(folder)
     output = run_python([str(SUPPORT / "megatron_families.py"), str(tmp_path)], megatron=False, timeout_s=800)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), needs_megatron]
 
 FAMILY = "GLM-4.5, MTP"
+FAMILIES = {"deepseek": "DeepSeek-V3", "flash": "GLM-4.7-Flash", "mimo": "MiMo"}
+"""Others, which slow tests train."""
 MOE_LAYERS = 3
 COMMON: dict[str, Any] = {"train_backend": "megatron", "adam_eps": 1e-3, "entropy_coef": 0.01, "mtp_num_layers": 1}
 LEARNS = {**COMMON, "enable_mtp_training": True}
@@ -54,6 +56,8 @@ def more_results(results: pathlib.Path) -> pathlib.Path:
     """The same folder with what slow tests look at besides."""
     write_model(FAMILY, results / "two", num_nextn_predict_layers=2)
     write_model(FAMILY, results / "tied", tie_word_embeddings=True)
+    for name, family in FAMILIES.items():
+        write_model(family, results / f"{name}-model", num_nextn_predict_layers=1)
     two = {**LEARNS, "mtp_num_layers": 2}
     load = {"load": str(results / "learning" / "checkpoints")}
     routing = [EXPERTS, MOE_LAYERS, TOP_K]
@@ -64,6 +68,7 @@ def more_results(results: pathlib.Path) -> pathlib.Path:
             case("both", results / "two", two),
             case("tied-one", results / "tied", LEARNS),
             case("balanced", results / "one", balanced),
+            *(case(name, results / f"{name}-model", LEARNS) for name in FAMILIES),
             case("resumed", results / "one", resumed, routing=routing),
         ],
         results,
@@ -73,6 +78,8 @@ def more_results(results: pathlib.Path) -> pathlib.Path:
             case("both-pp2", results / "two", {**two, **PP2}),
             case("both-cp2", results / "two", {**two, "context_parallel_size": 2}),
             case("tied-pp2", results / "tied", {**LEARNS, **PP2}),
+            *(case(f"{name}-pp2", results / f"{name}-model", {**LEARNS, **PP2}) for name in FAMILIES),
+            case("mimo-sp", results / "mimo-model", {**LEARNS, **TP2}),
             case("balanced-sp", results / "one", {**balanced, **TP2}),
             case("resumed-pp2", results / "one", {**resumed, **PP2}, routing=routing),
             case("resumed-sp", results / "one", {**resumed, **TP2}, routing=routing),
@@ -141,6 +148,19 @@ def test_several_mtp_layers_learn_and_are_counted_one_by_one(more_results: pathl
     assert {"train/mtp_acceptance", "train/mtp_acceptance_2"} <= metrics(more_results, "both")[0].keys()
     for name in ("both-pp2", "both-cp2"):
         assert largest_difference(more_results, "both", name) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_learn_too(more_results: pathlib.Path, name: str) -> None:
+    before, after = load_file(more_results / f"{name}-model" / "model.safetensors"), saved(more_results, name)
+    layer = "model.mtp_layers.0." if name == "mimo" else "model.layers.4."
+    shared = ("embed_tokens.weight", "shared_head.head.weight", "e_score_correction_bias")
+    own = [each for each in before if each.startswith(layer) and not each.endswith(shared)]
+    assert len(own) > 10
+    assert not any(torch.equal(before[each], after[each]) for each in own)
+    for layout in ("pp2", "sp") if name == "mimo" else ("pp2",):
+        assert largest_difference(more_results, name, f"{name}-{layout}") < 1e-5
 
 
 @pytest.mark.slow

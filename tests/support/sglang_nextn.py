@@ -19,7 +19,9 @@ def main(folder: str) -> None:
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
 
-    flags = ServerArgs(model_path=folder, device="cpu", dtype="float32", attention_backend="torch_native")
+    flags = ServerArgs(
+        model_path=folder, device="cpu", dtype="float32", attention_backend="torch_native", trust_remote_code=True
+    )
     publish(flags, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

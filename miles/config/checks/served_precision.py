@@ -101,7 +101,8 @@ def _flag_faults(recipe: Recipe, s: FlatSettings, server: Server) -> Iterator[Fa
             yield fault(flag, value, problem, f"leave it out, or {as_trained}")
     algorithm = str(flags.get("speculative_algorithm") or "").upper()
     if algorithm in engine_spec("sglang").mtp_drafts and flags.get("speculative_draft_model_path") is None:
-        problem = f"drafts of the policy's own MTP layers are not served beside {name} weights"
+        problem = f"drafts of the policy's own MTP layers are not served beside {name} weights: SGLang names a draft's "
+        problem += "modules by itself, so exceptions by the model's names do not reach them"
         yield fault(
             *("speculative_algorithm", algorithm, problem),
             f"give sglang_speculative_draft_model_path, or {as_trained}",

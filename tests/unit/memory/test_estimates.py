@@ -307,3 +307,22 @@ def test_fsdp_bounds_logits_of_the_models_whose_head_allows_it(model: pathlib.Pa
     assert named(activation_parts(run(model, "cuda", **long)), "logits") == scoring_head.MAX_LOGIT_BYTES
     (model / "config.json").write_text(json.dumps(DENSE | {"model_type": "gemma2"}))
     assert named(activation_parts(run(model, "cuda", **long)), "logits") == 100_000 * 50_000 * 2
+
+
+def test_training_mtp_layers_takes_embeddings_activations_and_logits_on_the_last_stage(tmp_path: pathlib.Path) -> None:
+    sizes = {
+        "actor_num_gpus_per_node": 8,
+        "pipeline_model_parallel_size": 4,
+        "decoder_last_pipeline_num_layers": 1,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "mtp_num_layers": 1,
+    }
+    held, trained = (deepseek(tmp_path, **sizes, enable_mtp_training=on) for on in (False, True))
+    borrowed = 129_280 // 2 * 7168 * trained.train_bytes
+    for stage in (0, 3):
+        parts = megatron_parts(trained, stage)[0]
+        assert named(parts, "embeddings for MTP layers") == (borrowed if stage == 3 else 0)
+        most = [{part.name: part.bytes for part in activation_parts(each, stage)} for each in (held, trained)]
+        assert (most[1]["activations"] > most[0]["activations"]) == (stage == 3)
+    assert most[1]["logits"] == 2 * most[0]["logits"]

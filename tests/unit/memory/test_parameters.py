@@ -22,7 +22,7 @@ KINDS = {
     "norms": ("norm.", "norm.weight", "o_proj.bias"),
     "key_values": ("k_proj", "v_proj"),
     "replicated": ("q_a_proj", "kv_a_proj"),
-    "attention": ("self_attn.", "eh_proj"),
+    "attention": ("self_attn.", "eh_proj", "input_proj"),
     "dense": (".mlp.", ".feed_forward."),
 }
 """Parts of a tensor's name by kind; the first that fits counts."""

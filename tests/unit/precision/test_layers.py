@@ -29,7 +29,9 @@ RECIPES = {
         )
     ),
 }
-HIGH_PRECISION = ("embed_tokens", "embed_tokens_per_layer", "lm_head", "eh_proj", "weights_proj", "gate", "router")
+HIGH_PRECISION = (
+    *("embed_tokens", "embed_tokens_per_layer", "lm_head", "eh_proj", "input_proj", "weights_proj", "gate", "router"),
+)
 SMALL = ("shared_expert_gate", "modality_router", "correction_coefs", "prediction_coefs")
 
 

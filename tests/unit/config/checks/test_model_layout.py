@@ -105,7 +105,7 @@ def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path
                 "pipeline_model_parallel_size": 2,
                 "pipeline_model_parallel_layout": f"Et*{DENSE['num_hidden_layers']}|L",
             },
-            "but its last stage has no layer (t), and MTP layers are made like the last one there",
+            f"pipeline_model_parallel_layout = Et*{DENSE['num_hidden_layers']}|L, but its last stage has no layer (t)",
         ),
     ],
 )
