@@ -16,7 +16,7 @@ from torch_engine_models import prompt_of, respond, running_engine, save_checkpo
 from miles.config.speculation import DraftKind, Speculation
 from miles.precision.recipe import Recipe
 from miles.precision.tensors import QuantisedTensors
-from miles.services.rollout.engines.base import FinishReason, GenerationRequest, SamplingParams, SpeculationState
+from miles.services.rollout.engines.base import FinishReason, GenerationRequest, SpeculationState
 from miles.types import SpeculativeStats, VersionSpan
 from miles.weights.export_format import formatted
 
@@ -133,18 +133,12 @@ async def test_an_engine_says_what_became_of_its_drafts(tmp_path: pathlib.Path) 
     async with running_engine(tmp_path, weights_of(model), version=5, speculation=speculation) as engine:
         assert engine.draft is None
         assert engine.stats().speculation == SpeculationState(None, 3)
-        earlier = (np.array(plain.tokens, np.int32),)
-        params = SamplingParams(max_new_tokens=24, min_new_tokens=24, seed=3)
-        tokens: list[int] = []
-        async for delta in engine.generate(GenerationRequest("r", prompt_of(8), params, earlier_responses=earlier)):
-            tokens += delta.token_ids
-            result = delta.result
+        drafted = await respond(engine, prompt_of(8), seed=3, min_new_tokens=24, earlier=[plain.tokens])
         state = engine.stats().speculation
-    assert tokens == plain.tokens
-    assert result is not None
+    assert (drafted.tokens, drafted.log_probs) == (plain.tokens, plain.log_probs)
     assert state is not None
     (counts,) = state.counts
-    stats = result.speculative
+    stats = drafted.result.speculative
     assert stats == SpeculativeStats(counts.accepted_draft_tokens, counts.proposed_draft_tokens, counts.verify_count)
     assert (counts.policy_version, counts.draft_version) == (5, None)
     assert counts.accepted_draft_tokens > 10

@@ -166,5 +166,6 @@ def _add_prediction_layer(folder: pathlib.Path, config: Any, number: int) -> Non
         save_file(tensors, path, metadata={"format": "pt"})
         return
     tensors[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    tensors[f"{own}shared_head.head.weight"] = head.clone()
     save_file(tensors, path, metadata={"format": "pt"})

@@ -165,7 +165,9 @@ class Oracle:
         return [t if self._random.random() < self._right else self._other(t) for t in coming]
 
     def _other(self, token: int) -> int:
-        return (token + self._random.randrange(1, self._vocabulary)) % self._vocabulary
+        """Another token, or now and then none of the policy's."""
+        other = (token + self._random.randrange(1, self._vocabulary)) % self._vocabulary
+        return other if self._random.random() < 0.9 else self._vocabulary
 
     def note_computed(self, computed: Sequence[Computed]) -> None:
         """Check that nothing was left out or told twice."""

@@ -63,10 +63,9 @@ class AcceptanceAlarm:
             elif engine in self._low and length > 1 + (self._alarm_at - 1) * _HYSTERESIS:
                 self._low.discard(engine)
                 over.append(f"{engine} accepts drafts again: {length:.2f} tokens per verification at step {step}")
-        warnings = [self._low_text(step, list(low.values()))] if low else []
         drafting = [by_versions for engine, by_versions in counts.items() if engine not in were_off | self._off]
         drift, still = self._drift.note(step, [each for by_versions in drafting for each in by_versions.items()])
-        return warnings + drift, over + still
+        return [self._low_text(step, list(low.values()))] if low else drift, over + still  # the first says it all
 
     def _low_text(self, step: int, engines: list[str]) -> str:
         more = f" and {len(engines) - _SHOWN} engines more" if len(engines) > _SHOWN else ""

@@ -82,6 +82,11 @@ def test_a_wrong_draft_has_not_drifted_as_well() -> None:
     watched = alarm()
     told = [watched.note(at, step(1.01))[0] for at in range(10)]
     assert [len(warnings) for warnings in told] == [1] + [0] * 9
+    lost = alarm()
+    for at in range(3):
+        assert lost.note(at, step(3.0)) == ([], [])
+    (warning,), _ = lost.note(3, step(1.0))
+    assert "next to nothing" in warning
 
 
 def test_drafts_without_a_model_get_advice_that_fits() -> None:
