@@ -39,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
         "draft_learning_rate": 3e-3,
         "draft_batch_tokens": 1024,
         "draft_passes": 2,
+        "draft_recordings_kept": 100,
     },
 }
 """Settings of each run that the other does not have."""
@@ -116,7 +117,7 @@ def settings(folder: pathlib.Path, mode: str, steps: int) -> dict[str, Any]:
         "rollout_backend": "torch",
         "train_dtype": "float32",
         "max_running_requests": 128,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "lr_decay_style": "linear",
         "lr_decay_iters": steps * 2 // 3,
         "use_dynamic_batch_size": True,
@@ -133,12 +134,9 @@ def settings(folder: pathlib.Path, mode: str, steps: int) -> dict[str, Any]:
 def run(folder: pathlib.Path, mode: str, steps: int, more: Sequence[str]) -> list[dict[str, Any]]:
     """Train to the end; returns the metrics of each step."""
     run_dir = folder / mode
-    given = settings(folder, mode, steps) | {"run_dir": run_dir, "use_kl_loss": True}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if not isinstance(value, bool)]
-    flags += [
-        f"--{'' if value else 'no-'}{key.replace('_', '-')}" for key, value in given.items() if value in (True, False)
-    ]
-    command = [sys.executable, "train.py", *flags, *more]
+    config = folder / f"{mode}.yaml"
+    config.write_text(json.dumps(settings(folder, mode, steps)))
+    command = [sys.executable, "train.py", f"--config={config}", f"--run-dir={run_dir}", "--use-kl-loss", *more]
     log = run_dir.with_suffix(".log")
     with log.open("w") as output:
         code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode

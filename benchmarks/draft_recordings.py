@@ -5,8 +5,8 @@
 
 The model has SmolLM2-135M's shape and random weights (`--hidden` and the like make another). Every round trains on the
 same rollout without and with a recording, so that other work on the machine slows both alike. The table has median
-seconds of a step, the median of each round's ratio, what the trainer itself counts (`draft/record_s`), tokens recorded
-of those of the rollout, and megabytes written.
+seconds of a step, the median of each round's ratio, also of the process's CPU time, what the trainer itself counts
+(`draft/record_s`), tokens recorded of those of the rollout, and megabytes written.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ class Trainer:
 
     backend: FsdpBackend
     step_s: list[float] = dataclasses.field(default_factory=list)
+    cpu_s: list[float] = dataclasses.field(default_factory=list)
+    """Of all threads of this process."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def step(self, number: int, groups: list[SampleGroup]) -> None:
         """Take and time a step."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         self.metrics = dict(self.backend.train(number, groups, lambda progress: None))  # they wait for the device
         self.step_s.append(time.perf_counter() - began)
+        self.cpu_s.append(time.process_time() - cpu_began)
 
 
 def load(model: pathlib.Path, args: argparse.Namespace, recordings: pathlib.Path | None) -> Trainer:
@@ -105,11 +108,12 @@ def row(parameters: int, plain: Trainer, recorded: Trainer, tokens: int, written
     """The table."""
     without, with_it = (each.step_s[SKIPPED:] for each in (plain, recorded))
     ratio = statistics.median(b / a for a, b in zip(without, with_it, strict=True))
+    cpu = statistics.median(b / a for a, b in zip(plain.cpu_s[SKIPPED:], recorded.cpu_s[SKIPPED:], strict=True))
     return (
-        "| parameters | step s without | with | ratio | draft/record_s | recorded tokens | of | MB |\n"
-        "|---|---|---|---|---|---|---|---|\n"
+        "| parameters | step s without | with | ratio | of CPU time | draft/record_s | recorded tokens | of | MB |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
         f"| {parameters / 1e6:.0f} M | {statistics.median(without):.4f} | {statistics.median(with_it):.4f} | "
-        f"{ratio:.3f} | {recorded.metrics['draft/record_s']:.4f} | "
+        f"{ratio:.3f} | {cpu:.3f} | {recorded.metrics['draft/record_s']:.4f} | "
         f"{recorded.metrics['draft/recorded_tokens']:,.0f} | {tokens:,} | {written / 1e6:.1f} |"
     )
 

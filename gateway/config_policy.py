@@ -23,7 +23,13 @@ _SLICE = re.compile(r"@\[[^\]/]*\]$")
 """The rows of a data file: FILE@[a:b]."""
 _WITH_ROWS = ("prompt_data", "eval_prompt_data")
 """Settings whose files may be given with rows; in another one they would be part of the path."""
-_DUMPS = ("save_debug_rollout_data", "save_debug_train_data", "dump_details", "ci_save_grad_norm")
+_DUMPS = (
+    "save_debug_rollout_data",
+    "save_debug_train_data",
+    "dump_details",
+    "ci_save_grad_norm",
+    "draft_recordings_dir",
+)
 """Settings of files that a job writes outside of its run folder."""
 _SPECULATION = frozenset(
     f"sglang_{name}"

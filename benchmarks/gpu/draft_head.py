@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--policy", type=pathlib.Path, required=True)
     parser.add_argument("--answers", type=pathlib.Path, required=True, help="folder of the model that answers")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--task", default="questions", choices=list(TASKS))
+    parser.add_argument("--task", default="rare-words", choices=list(TASKS))
     parser.add_argument("--samples", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=256, help="most tokens of a response")
     parser.add_argument("--temperature", type=float, default=1.0)

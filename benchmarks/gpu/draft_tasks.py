@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable
 
 from miles.types import Sample
@@ -17,6 +18,15 @@ FORMS = (
     *("Write a short story about {}.", "Explain to a child what is special about {}.", "Describe {} in a paragraph."),
     *("Write five sentences about {}.", "What do people like about {}?", "Write a poem about {}."),
 )
+
+COMMON = frozenset(
+    {
+        *("the", "a", "an", "of", "and", "to", "in", "is", "that", "it", "with", "for", "as"),
+        *("on", "was", "at", "by", "from", "his", "her", "their"),
+    }
+)
+"""Words that a draft expects everywhere."""
+FEWEST_WORDS = 10
 
 
 def words_texts(count: int, seed: int) -> list[str]:
@@ -47,15 +57,17 @@ async def questions_reward(sample: Sample) -> float:
     return questions(sample.response)
 
 
-def capitals(response: str) -> float:
-    """Share of capitals among letters."""
-    letters = [char for char in response if char.isalpha()]
-    return sum(char.isupper() for char in letters) / max(len(letters), 40)
+def rare_words(response: str) -> float:
+    """Share of words that are none of the most common ones, of a response that says something."""
+    words = re.findall(r"[a-z']+", response.lower())
+    if len(words) < FEWEST_WORDS:
+        return 0.0
+    return 1 - sum(word in COMMON for word in words) / max(len(words), 2 * FEWEST_WORDS)
 
 
-async def capitals_reward(sample: Sample) -> float:
-    """`capitals` of a sample."""
-    return capitals(sample.response)
+async def rare_words_reward(sample: Sample) -> float:
+    """`rare_words` of a sample."""
+    return rare_words(sample.response)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,5 +83,5 @@ class DraftTask:
 TASKS = {
     "lines": DraftTask(words_texts, lines, f"{__name__}.lines_reward"),
     "questions": DraftTask(words_texts, questions, f"{__name__}.questions_reward"),
-    "capitals": DraftTask(words_texts, capitals, f"{__name__}.capitals_reward"),
+    "rare-words": DraftTask(words_texts, rare_words, f"{__name__}.rare_words_reward"),
 }

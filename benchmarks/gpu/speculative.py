@@ -1,16 +1,17 @@
 """Speculative rollouts over a GRPO run in which the policy moves: no draft, a frozen one, one that is trained on.
 
     python -m examples.smollm2_chain_sum.prepare
-    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large
-    python -m benchmarks.gpu.draft_head --policy .cache/large --answers .cache/smollm2-135m-instruct --out .cache/head
-    python -m benchmarks.gpu.speculative --policy .cache/large --head .cache/head
+    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large --layers 56
+    python -m benchmarks.gpu.speculative --policy .cache/large --draft .cache/smollm2-135m-instruct
 
-1. Two runs begin with the same policy and the same EAGLE-3 head: `online` trains the head beside the policy, `frozen`
-   does not. They share the GPU, so their times say nothing; their acceptance by step does.
-2. A server without a draft and one with the head answer from pools of 1, 8, 32 and 128 requests, in which the next
-   request begins as one ends: with the policy of the beginning, and with that of the end of the online run, there
-   with the head of the beginning (frozen) and that of the end (online). `--seconds` of steady decoding each; the
-   servers take turns.
+The draft is a small language model, or the EAGLE-3 head that `benchmarks.gpu.draft_head` makes.
+
+1. A run of GRPO whose draft is trained beside the policy (`online`), and with `--frozen` at the same time one whose
+   draft is not. They share the GPU with what starts for part 2, so their times say nothing; their acceptance does.
+2. A server without a draft and one with the draft answer from pools of 1, 8, 32 and 128 requests, in which the next
+   request begins as one ends: with the policy of the beginning, and with that of the end of the run, there with the
+   draft of the beginning (frozen) and that of the end (online). `--seconds` of steady decoding each; the servers take
+   turns.
 
 `tokens` are those of a verification: 1 is a draft of which nothing is accepted.
 """
@@ -36,19 +37,20 @@ from miles.drafts.folders import trained_dir
 
 RECIPE = "examples/smollm2_chain_sum/config.yaml"
 STEPS = 3
+PROMPT_TOKENS = 120
+"""Room for each prompt, and for drafts."""
 SERVER_FLAGS: Mapping[str, Any] = {
-    "attention_backend": "fa3",
+    "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.2,
     "disable_prefill_cuda_graph": True,
     "log_level": "warning",
 }
 SPECULATION: Mapping[str, Any] = {
-    "speculative_algorithm": "EAGLE3",
     "speculative_num_steps": STEPS,
     "speculative_eagle_topk": 1,
     "speculative_num_draft_tokens": STEPS + 1,
-    "speculative_use_rejection_sampling": True,
+    "speculative_adaptive": False,
 }
 
 
@@ -80,10 +82,12 @@ def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[
 
 
 def speculation(args: argparse.Namespace) -> dict[str, Any]:
-    """SGLang's flags of speculation, as far as the engine has them."""
-    flags = {**SPECULATION, "speculative_draft_model_path": str(args.head)}
-    if args.engine == "torch":
-        del flags["speculative_use_rejection_sampling"]
+    """SGLang's flags of speculation for the draft of a folder."""
+    is_head = "Eagle3" in json.loads((args.draft / "config.json").read_text())["architectures"][0]
+    flags = {"speculative_algorithm": "EAGLE3" if is_head else "STANDALONE", **SPECULATION}
+    flags["speculative_draft_model_path"] = str(args.draft)
+    if is_head and args.engine == "sglang":
+        flags["speculative_use_rejection_sampling"] = True
     return flags
 
 
@@ -91,57 +95,83 @@ def passed(flags: Mapping[str, Any]) -> list[str]:
     """SGLang's flags on train.py's command line."""
     line: list[str] = []
     for name, value in flags.items():
-        values = [] if value is True else [str(part) for part in (value if isinstance(value, list) else [value])]
-        line += ["--sglang-" + name.replace("_", "-"), *values]
+        flag = name.replace("_", "-")
+        values = (
+            [] if isinstance(value, bool) else [str(part) for part in (value if isinstance(value, list) else [value])]
+        )
+        line += ["--no-sglang-" + flag if value is False else "--sglang-" + flag, *values]
     return line
 
 
-def train_both(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Both runs at once; their results, with acceptance by step."""
+def train_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs, at once; their results, with acceptance by step."""
     results: dict[str, dict[str, Any]] = {}
 
     def one(name: str) -> None:
         folder = (args.runs / name).absolute()
         result = train(flags_of(args, name, folder), folder, args.deadline)
         steps = steps_of(folder)
-        result["accept_length"] = [line.get("speculative/accept_length") for line in steps]
-        result["rewards"] = [line.get("rollout/raw_reward") for line in steps]
-        result |= {k: [line[k] for line in steps if k in line] for k in ("draft/update_s", "draft/version")}
+        for key in ("rollout/spec_accept_length", "rollout/raw_reward", "draft/update_s", "draft/version"):
+            result[key] = [line.get(key) for line in steps]
         results[name] = result
         print(name, json.dumps(result), flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(one, name) for name in ("online", "frozen")]:
+    names = ("online", "frozen") if args.frozen else ("online",)
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        for future in [pool.submit(one, name) for name in names]:
             future.result()
-    return results
+    return {name: results[name] for name in names}
 
 
-async def serve(args: argparse.Namespace) -> list[Reading]:
-    """Tokens per second of both servers from pools of all sizes, and what a new head costs."""
+async def measure(args: argparse.Namespace) -> None:
+    """The runs, while the servers start; then tokens per second from pools of all sizes, and what a new draft costs."""
+    room = {
+        "max_running_requests": max(args.pools),
+        "max_total_tokens": max(args.pools) * (args.tokens + PROMPT_TOKENS),
+    }
+    graphs = {"cuda_graph_bs_decode": sorted(args.pools), **room}
+    common = {**SERVER_FLAGS, **graphs} if args.device == "cuda" else {}
+    plain, drafting = Pool(args, "none", common), Pool(args, "drafts", {**common, **speculation(args)})
+    try:
+        async with asyncio.TaskGroup() as group:
+            runs = None if args.only == "serve" else group.create_task(asyncio.to_thread(train_all, args))
+            if args.only != "runs":
+                group.create_task(plain.start())
+                group.create_task(drafting.start())
+        if runs is not None:
+            report_runs(args, runs.result())
+        if args.only != "runs":
+            readings = await serve(args, plain, drafting)
+            (args.runs / "table.md").write_text(table(readings, args.pools) + "\n")
+            print("\n" + table(readings, args.pools), flush=True)
+    finally:
+        await asyncio.gather(plain.close(), drafting.close())
+
+
+def report_runs(args: argparse.Namespace, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print and write acceptance by step, and what updates took."""
+    (args.runs / "by-step.md").write_text(by_step(results) + "\n")
+    print("\n" + by_step(results), flush=True)
+    if updates := [seconds for seconds in results["online"]["draft/update_s"] if seconds]:
+        print(f"\nan update of the draft: median {statistics.median(updates):.2f} s", flush=True)
+
+
+async def serve(args: argparse.Namespace, plain: Pool, drafting: Pool) -> list[Reading]:
+    """Tokens per second of both servers from pools of all sizes."""
     online = args.runs.absolute() / "online"
     last = max((online / "hf").iterdir(), key=lambda folder: int(folder.name))
     begin, end = policy_weights(args.policy, args.dtype), policy_weights(last, args.dtype)
-    first, trained = draft_weights(args.head, args.dtype), draft_weights(trained_dir(online), args.dtype)
-    graphs = {"cuda_graph_bs_decode": sorted(args.pools), "max_running_requests": max(args.pools)}
-    common = {**SERVER_FLAGS, **graphs} if args.device == "cuda" else {}
-    plain = Pool(args, "none", common)
-    drafting = Pool(args, "drafts", {**common, **speculation(args)})
+    first, trained = draft_weights(args.draft, args.dtype), draft_weights(trained_dir(online), args.dtype)
     readings: list[Reading] = []
-    try:
-        await asyncio.gather(plain.start(), drafting.start())
-        for policy, weights, heads in (
-            ("begin", begin, {"frozen": first}),
-            ("end", end, {"frozen": first, "online": trained}),
-        ):
-            await asyncio.gather(plain.load(weights), drafting.load(weights))
-            for size in args.pools:
-                readings.append(await plain.measure(policy, "none", size))
-            for name, head in heads.items():
-                print(f"head {name}: {json.dumps(await drafting.load_draft(head))}", flush=True)
-                for size in args.pools:
-                    readings.append(await drafting.measure(policy, name, size))
-    finally:
-        await asyncio.gather(plain.close(), drafting.close())
+    for policy, weights, drafts in (
+        ("begin", begin, {"frozen": first}),
+        ("end", end, {"frozen": first, "online": trained}),
+    ):
+        await asyncio.gather(plain.load(weights), drafting.load(weights))
+        readings += [await plain.measure(policy, "none", size) for size in args.pools]
+        for name, draft in drafts.items():
+            print(f"draft {name}: {json.dumps(await drafting.load_draft(draft))}", flush=True)
+            readings += [await drafting.measure(policy, name, size) for size in args.pools]
     return readings
 
 
@@ -163,13 +193,17 @@ def table(readings: Sequence[Reading], pools: Sequence[int]) -> str:
 
 def by_step(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: acceptance and reward by step."""
-    lines = ["| step | " + " | ".join(f"{name}: tokens, reward" for name in results) + " |", "|---" * 3 + "|"]
-    count = max(len(result["accept_length"]) for result in results.values())
+    lines = ["| step | " + " | ".join(f"{name}: tokens, reward, version of the draft" for name in results) + " |"]
+    lines.append("|---" * (1 + len(results)) + "|")
+    count = max(len(result["rollout/raw_reward"]) for result in results.values())
     for step in range(count):
         cells = []
         for result in results.values():
-            known = step < len(result["accept_length"]) and result["accept_length"][step] is not None
-            cells.append(f"{result['accept_length'][step]:.3f}, {result['rewards'][step]:.3f}" if known else "")
+            length, reward, version = (
+                (result[key] + [None] * count)[step]
+                for key in ("rollout/spec_accept_length", "rollout/raw_reward", "draft/version")
+            )
+            cells.append("" if length is None else f"{length:.3f}, {reward:.3f}, {version or 0:.0f}")
         lines.append(f"| {step} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,9 +212,9 @@ def main() -> None:
     """Run what is asked for; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=pathlib.Path, default=pathlib.Path(".cache/large"))
-    parser.add_argument("--head", type=pathlib.Path, default=pathlib.Path(".cache/head"))
-    parser.add_argument("--task", default="questions", choices=list(TASKS))
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--draft", type=pathlib.Path, default=pathlib.Path(".cache/smollm2-135m-instruct"))
+    parser.add_argument("--task", default="rare-words", choices=list(TASKS))
+    parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a step")
     parser.add_argument("--samples", type=int, default=8, help="responses to each")
@@ -191,6 +225,7 @@ def main() -> None:
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=420.0, help="seconds that the runs may take")
+    parser.add_argument("--frozen", action="store_true", help="also a run whose draft is not trained")
     parser.add_argument("--only", choices=["runs", "serve"], help="the first or the second part alone")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--engine", default="sglang", choices=["sglang", "torch"])
@@ -204,15 +239,7 @@ def main() -> None:
     if args.only != "serve":
         for name in ("online", "frozen"):
             shutil.rmtree(args.runs / name, ignore_errors=True)
-        results = train_both(args)
-        (args.runs / "by-step.md").write_text(by_step(results) + "\n")
-        print("\n" + by_step(results), flush=True)
-        if updates := results["online"]["draft/update_s"]:
-            print(f"\nan update of the draft: median {statistics.median(updates):.2f} s", flush=True)
-    if args.only != "runs":
-        readings = asyncio.run(serve(args))
-        (args.runs / "table.md").write_text(table(readings, args.pools) + "\n")
-        print("\n" + table(readings, args.pools), flush=True)
+    asyncio.run(measure(args))
 
 
 if __name__ == "__main__":

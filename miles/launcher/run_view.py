@@ -14,6 +14,7 @@ _SHOWN = (
     ("rollout/raw_reward", "reward", "{:.3f}"),
     ("rollout/fully_async/avg_staleness", "staleness", "{:.1f}"),
     ("rollout/response_len/mean", "length", "{:.1f}"),
+    ("speculative/accept_length", "accept", "{:.2f}"),
     ("train/grad_norm", "grad", "{:.2f}"),
     ("train/train_rollout_logprob_abs_diff", "|Δlogp|", "{:.1e}"),
     ("perf/tokens_per_gpu_per_sec", "tok/s", "{:.0f}"),

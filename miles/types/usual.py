@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from miles.types.sample import Sample, SampleStatus
+from miles.types.sample import Sample, SampleStatus, SpeculativeStats
 
 UINT32_MAX = 2**32 - 1
 UINT64_MAX = 2**64 - 1
@@ -52,7 +52,7 @@ def is_usual(sample: Sample) -> bool:
         and sample.teacher_tokens is None
         and sample.teacher_token_log_probs is None
         and (sample.rollout_routed_experts is None or _are_experts(sample.rollout_routed_experts, len(tokens)))
-        and sample.speculative is None
+        and (sample.speculative is None or _are_drafts(sample.speculative))
         and (
             sample.prefix_cache is None
             or _is_cache(sample.prefix_cache.cached_tokens, sample.prefix_cache.prompt_tokens)
@@ -83,6 +83,10 @@ def _are_experts(experts: object, num_tokens: int) -> bool:
         and experts.ndim == 3
         and len(experts) == max(num_tokens - 1, 0)
     )
+
+
+def _are_drafts(stats: SpeculativeStats) -> bool:
+    return _is_cache(stats.accepted_draft_tokens, stats.proposed_draft_tokens) and _is_cache(0, stats.verify_count)
 
 
 def _is_cache(cached: object, prompt: object) -> bool:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch_drafts import Driver, Generated, Oracle, request_of
+from torch_drafts import Driver, Generated, Oracle, alike, futures, request_of
 from torch_engine_models import prompt_of, respond, running_engine, save_checkpoint, weights_of
 
 from miles.config.speculation import DraftKind, Speculation
 from miles.precision.recipe import Recipe
 from miles.precision.tensors import QuantisedTensors
-from miles.services.rollout.engines.base import FinishReason, GenerationRequest, SamplingParams, SpeculationState
+from miles.services.rollout.engines.base import FinishReason, GenerationRequest, SpeculationState
 from miles.types import SpeculativeStats, VersionSpan
 from miles.weights.export_format import formatted
 
@@ -43,14 +43,6 @@ def requests() -> list[GenerationRequest]:
         request_of("text", prompt_of(12, 7), seed=7, stop=("e", "q"), min_new_tokens=3, max_new_tokens=200),
         *(request_of(f"group{i}", group, seed=20 + i, routed=True, max_new_tokens=10 + 9 * i) for i in range(4)),
     ]
-
-
-def alike(responses: Mapping[str, Generated]) -> dict[str, Any]:
-    return {name: response.alike() for name, response in responses.items()}
-
-
-def futures(responses: Mapping[str, Generated]) -> dict[str, Sequence[int]]:
-    return {name: response.tokens for name, response in responses.items()}
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -141,18 +133,12 @@ async def test_an_engine_says_what_became_of_its_drafts(tmp_path: pathlib.Path) 
     async with running_engine(tmp_path, weights_of(model), version=5, speculation=speculation) as engine:
         assert engine.draft is None
         assert engine.stats().speculation == SpeculationState(None, 3)
-        earlier = (np.array(plain.tokens, np.int32),)
-        params = SamplingParams(max_new_tokens=24, min_new_tokens=24, seed=3)
-        tokens: list[int] = []
-        async for delta in engine.generate(GenerationRequest("r", prompt_of(8), params, earlier_responses=earlier)):
-            tokens += delta.token_ids
-            result = delta.result
+        drafted = await respond(engine, prompt_of(8), seed=3, min_new_tokens=24, earlier=[plain.tokens])
         state = engine.stats().speculation
-    assert tokens == plain.tokens
-    assert result is not None
+    assert (drafted.tokens, drafted.log_probs) == (plain.tokens, plain.log_probs)
     assert state is not None
     (counts,) = state.counts
-    stats = result.speculative
+    stats = drafted.result.speculative
     assert stats == SpeculativeStats(counts.accepted_draft_tokens, counts.proposed_draft_tokens, counts.verify_count)
     assert (counts.policy_version, counts.draft_version) == (5, None)
     assert counts.accepted_draft_tokens > 10
@@ -175,7 +161,7 @@ def test_accepted_tokens_are_resumed_after_an_abort_without_loss_or_repetition(t
         for request in whole:
             if first[request.request_id].ended.reason is FinishReason.ABORT:
                 known = first[request.request_id].tokens
-                sampled = {f.name: getattr(request.sampling, f.name) for f in _fields(request.sampling)}
+                sampled = {f.name: getattr(request.sampling, f.name) for f in dataclasses.fields(request.sampling)}
                 rest.append(
                     request_of(
                         request.request_id, request.input_ids, resumed=known, top=request.top_token_ids,
@@ -280,60 +266,3 @@ def test_quantised_weights_verify_drafts_alike(tmp_path: pathlib.Path, family: s
 
     plain = driver(None).run(*requests())
     assert alike(driver(lambda _: Oracle(futures(plain))).run(*requests())) == alike(plain)
-
-
-def test_hidden_states_of_kept_positions_are_those_of_the_model(tmp_path: pathlib.Path) -> None:
-    model = save_checkpoint(tmp_path, "qwen3")
-    asked = [request_of(str(i), prompt_of(30, i), seed=i) for i in range(3)]
-    future = futures(Driver(tmp_path, weights_of(model), None).run(*asked))
-    oracle = Oracle(future, layers=(1, 0))
-    Driver(tmp_path, weights_of(model), lambda _: oracle, max_prefill_tokens=13).run(*asked)
-    for request in asked:
-        tokens = torch.tensor([[*request.input_ids, *future[request.request_id]]])
-        with torch.no_grad():
-            expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
-        states = {layer: torch.cat(parts) for layer, parts in oracle.hidden[request.request_id].items()}
-        length = states[0].shape[0]
-        assert length >= tokens.shape[1] - 5
-        torch.testing.assert_close(states[0], expected[1][0, :length], atol=1e-4, rtol=1e-4)
-
-
-def test_drafted_responses_are_distributed_as_the_policy_says(tmp_path: pathlib.Path) -> None:
-    """Chi-square of all responses of three tokens out of the three likeliest, where the second is always drafted."""
-    model = save_checkpoint(tmp_path, "llama", initializer_range=0.15)
-    prompt = prompt_of(10)
-    odds: dict[tuple[int, ...], float] = {}
-    likeliest = {}
-    for first, p in _top(model, prompt):
-        likeliest[first] = _top(model, [*prompt, first])
-        for second, q in likeliest[first]:
-            for third, r in _top(model, [*prompt, first, second]):
-                odds[first, second, third] = p * q * r
-
-    class Stubborn(Oracle):
-        def propose(self, requests: Any, steps: int) -> list[list[int]]:
-            return [[likeliest.get(request.tokens[-1], [(0, 1)])[0][0]] for request in requests]
-
-    count = 3000
-    driver = Driver(tmp_path, weights_of(model), lambda _: Stubborn({}), max_running_requests=64)
-    responses = driver.run(*(request_of(str(i), prompt, seed=i, top_k=3, max_new_tokens=3) for i in range(count)))
-    assert driver.generator.drafting is not None
-    (counts,) = driver.generator.drafting.state.counts
-    assert 0.2 < counts.accepted_draft_tokens / counts.proposed_draft_tokens < 0.9
-    seen = dict.fromkeys(odds, 0)
-    for response in responses.values():
-        seen[tuple(response.tokens)] += 1
-    chi_square = sum((seen[key] - count * p) ** 2 / (count * p) for key, p in odds.items())
-    assert chi_square < 54.05, "1 in 1000 at 26 degrees of freedom"
-
-
-def _top(model: torch.nn.Module, tokens: Sequence[int]) -> list[tuple[int, float]]:
-    """The three likeliest next tokens and their shares of one another, likeliest first."""
-    with torch.no_grad():
-        logits_V = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0, -1]
-    top, ids = logits_V.topk(3)
-    return list(zip(ids.tolist(), top.double().softmax(-1).tolist(), strict=True))
-
-
-def _fields(params: Any) -> Any:
-    return dataclasses.fields(params)

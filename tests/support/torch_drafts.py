@@ -165,7 +165,9 @@ class Oracle:
         return [t if self._random.random() < self._right else self._other(t) for t in coming]
 
     def _other(self, token: int) -> int:
-        return (token + self._random.randrange(1, self._vocabulary)) % self._vocabulary
+        """Another token, or now and then none of the policy's."""
+        other = (token + self._random.randrange(1, self._vocabulary)) % self._vocabulary
+        return other if self._random.random() < 0.9 else self._vocabulary
 
     def note_computed(self, computed: Sequence[Computed]) -> None:
         """Check that nothing was left out or told twice."""
@@ -195,3 +197,13 @@ def request_of(
     """A request, of 40 tokens unless said otherwise."""
     params = SamplingParams(**{"max_new_tokens": 40, **sampling})
     return GenerationRequest(request_id, [*prompt, *resumed], params, len(resumed), routed, top_token_ids=top)
+
+
+def alike(responses: Mapping[str, Generated]) -> dict[str, Any]:
+    """What has to be the same with drafts and without, by request."""
+    return {name: response.alike() for name, response in responses.items()}
+
+
+def futures(responses: Mapping[str, Generated]) -> dict[str, Sequence[int]]:
+    """The responses as an oracle knows them."""
+    return {name: response.tokens for name, response in responses.items()}

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -133,11 +134,15 @@ async def respond(
     request_id: str = "r",
     resumed: Sequence[int] = (),
     routed: bool = False,
+    earlier: Sequence[Sequence[int]] = (),
     **sampling: Any,
 ) -> Response:
     """Generate one response to its end."""
     params = SamplingParams(**{"max_new_tokens": 24, **sampling})
-    request = GenerationRequest(request_id, [*prompt, *resumed], params, len(resumed), routed)
+    request = GenerationRequest(
+        *(request_id, [*prompt, *resumed], params, len(resumed), routed),
+        earlier_responses=[np.array(response, np.int32) for response in earlier],
+    )
     tokens: list[int] = []
     log_probs: list[float] = []
     result = None

@@ -196,6 +196,8 @@ class RunDrafts:
             if word in _BUSY:
                 self._activities.begin(worker_id, _BUSY[word])
         self._said = message
+        if message.HasField("recorded_step"):  # what it goes on from after a loss, unless the policy is taken back
+            self._policy_step = max(self._policy_step, message.recorded_step + 1)
         if message.HasField("version") and message.version != self._prepared:
             self._prepared = self._due = message.version
             self._news = dict(message.metrics)

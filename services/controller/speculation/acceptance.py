@@ -12,8 +12,8 @@ from miles.config import JobConfig
 from miles.config.speculation import DraftKind, speculation_of
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.speculation.advice import DraftSetup
-from miles.services.controller.speculation.alarm import AcceptanceAlarm, total
-from miles.services.controller.speculation.draft_counts import DraftCounts, Versions
+from miles.services.controller.speculation.alarm import AcceptanceAlarm
+from miles.services.controller.speculation.draft_counts import DraftCounts, Versions, total
 from miles.services.controller.speculation.engine_counters import EngineCounters, counts_of
 from miles.services.controller.speculation.switches import DraftSwitches
 

@@ -1,23 +1,20 @@
-"""Notices drafts of which next to nothing is accepted, and drafts that the policy moves away from. Pure."""
+"""Notices drafts of which next to nothing is accepted, and with `drift` those that the policy moves away from. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 
-from miles.services.controller.speculation.advice import DraftSetup, against_drift, against_low_acceptance
-from miles.services.controller.speculation.draft_counts import DraftCounts, Versions, length_at
+from miles.services.controller.speculation.advice import DraftSetup, against_low_acceptance
+from miles.services.controller.speculation.draft_counts import DraftCounts, Versions, total
+from miles.services.controller.speculation.drift import ENOUGH, DriftAlarm
 
-ENOUGH, ENOUGH_AT_OFF = 100, 20
-"""Verifications that are judged together, and the same of an engine that turns drafts off; a step with fewer is judged
-with those behind it."""
+ENOUGH_AT_OFF = 20
+"""The same of an engine that turns drafts off, which counts no more of them for now."""
+GRACE = 10
+"""Judgements of an engine before a draft that is trained can be called wrong: it may begin from nothing."""
 _HYSTERESIS = 1.2
 """An alarm ends when so many times the drafts are accepted that began it."""
-_FIRST = 3
-"""Judgements whose mean is what later ones are compared with."""
-_FALLEN, _RISEN = 0.75, 0.85
-"""Shares of the drafts accepted at first at which drift is told, and is over."""
-_LEAST_AT_FIRST = 0.1
-"""Accepted drafts per verification at first below which there is nothing to lose."""
 _SHOWN = 4
 
 StepCounts = Mapping[str, Mapping[Versions, DraftCounts]]
@@ -32,6 +29,7 @@ class AcceptanceAlarm:
         self._setup = setup
         self._alarm_at = alarm_at
         self._pending: dict[str, DraftCounts] = {}
+        self._judgements: Counter[str] = Counter()
         self._off: set[str] = set()
         """Engines that drafted nothing at the end of the step before."""
         self._low: set[str] = set()
@@ -56,16 +54,18 @@ class AcceptanceAlarm:
             self._pending[engine] = DraftCounts() if judged else pending
             if not judged or (length := pending.accept_length) is None:
                 continue
+            self._judgements[engine] += 1
+            if self._setup.trained and self._judgements[engine] <= GRACE:
+                continue
             if length <= self._alarm_at and engine not in self._low:
                 self._low.add(engine)
                 low[engine] = f"{engine} {length:.2f} ({next(reversed(list(by_versions)), '')})"
             elif engine in self._low and length > 1 + (self._alarm_at - 1) * _HYSTERESIS:
                 self._low.discard(engine)
                 over.append(f"{engine} accepts drafts again: {length:.2f} tokens per verification at step {step}")
-        warnings = [self._low_text(step, list(low.values()))] if low else []
         drafting = [by_versions for engine, by_versions in counts.items() if engine not in were_off | self._off]
         drift, still = self._drift.note(step, [each for by_versions in drafting for each in by_versions.items()])
-        return warnings + drift, over + still
+        return [self._low_text(step, list(low.values()))] if low else drift, over + still  # the first says it all
 
     def _low_text(self, step: int, engines: list[str]) -> str:
         more = f" and {len(engines) - _SHOWN} engines more" if len(engines) > _SHOWN else ""
@@ -74,48 +74,3 @@ class AcceptanceAlarm:
             f"{', '.join(engines[:_SHOWN])}{more}, at or below draft_acceptance_alarm = {self._alarm_at:g}. "
             f"{against_low_acceptance(self._setup)}"
         )
-
-
-class DriftAlarm:
-    """Compares what is accepted with what was accepted at first, of as many drafts, over all engines."""
-
-    def __init__(self, setup: DraftSetup) -> None:
-        self._setup = setup
-        self._pending = DraftCounts()
-        self._first = DraftCounts()
-        self._judgements = 0
-        self._drifted = False
-
-    def note(self, step: int, counts: list[tuple[Versions, DraftCounts]]) -> tuple[list[str], list[str]]:
-        """Take in a step; return warnings, and what people may want to know besides."""
-        self._pending += total(count for _, count in counts)
-        if not self._setup.has_model or self._pending.verify_count < ENOUGH:
-            return [], []
-        now, self._pending = self._pending, DraftCounts()
-        self._judgements += 1
-        if self._judgements <= _FIRST:
-            self._first += now
-            return [], []
-        first = self._first.accept_length or 1.0
-        if first - 1 < _LEAST_AT_FIRST:
-            return [], []
-        length = length_at(now, self._first.drafts_per_verification)
-        share = (length - 1) / (first - 1)
-        fell = f"{first:.2f} tokens per verification in the first steps, {length:.2f} at step {step}"
-        if share <= _FALLEN and not self._drifted:
-            self._drifted = True
-            versions = max((each for each, _ in counts), key=lambda each: each.policy)
-            drafts = self._first.drafts_per_verification
-            return [
-                f"less of the drafts is accepted than before: {fell} ({versions}), of {drafts:.1f} drafts each. "
-                f"{against_drift(self._setup)}"
-            ], []
-        if share >= _RISEN and self._drifted:
-            self._drifted = False
-            return [], [f"drafts are accepted about as before: {fell}"]
-        return [], []
-
-
-def total(counts: Iterable[DraftCounts]) -> DraftCounts:
-    """Return the sum of counts."""
-    return sum(counts, DraftCounts())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from miles.rpc.gen import rollout_pb2
@@ -77,6 +78,11 @@ class DraftCounts:
     def drafts_per_verification(self) -> float:
         """Mean draft tokens that a verification had before it."""
         return self.proposed / self.verify_count if self.verify_count else 0.0
+
+
+def total(counts: Iterable[DraftCounts]) -> DraftCounts:
+    """Return the sum of counts."""
+    return sum(counts, DraftCounts())
 
 
 def length_at(counts: DraftCounts, drafts: float) -> float:

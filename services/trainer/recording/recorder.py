@@ -76,7 +76,8 @@ class _Outcome:
     """What a rank says at the end."""
 
     wrote: bool
-    seconds: float
+    """Whether there is a file, or in the end a recording."""
+    seconds: float = 0.0
     error: str = ""
 
 
@@ -167,18 +168,18 @@ class Recorder:
                 self.warnings.append(_too_small(self.options.tokens_per_step, step))
             return _metrics(0, 0.0)
         outcomes = _gathered(_outcome(step))
-        began = time.monotonic()
         error = "; ".join(f"rank {rank}: {each.error}" for rank, each in enumerate(outcomes) if each.error)
         leaves = not error and not step.is_skipped
-        if dist.get_rank() == 0:
-            failure = self._complete(step, outcomes) if leaves else self._discard(step)
-            error = error or failure
-        error = _of_first_rank(error)
-        if error:
-            self.warnings.append(f"step {step.number} was not recorded for the draft model: {error}")
-            logger.warning("%s", self.warnings[-1])
-        seconds = max(outcome.seconds for outcome in outcomes) + time.monotonic() - began
-        return _metrics(step.tokens if leaves and not error else 0, seconds)
+        ending = _of_first_rank(self._end(step, outcomes, leaves=leaves) if dist.get_rank() == 0 else _Outcome(False))
+        if error or (leaves and not ending.wrote):
+            reason = error or ending.error
+            self.warnings.append(f"step {step.number} was not recorded for the draft model: {reason}")
+        elif ending.error:
+            self.warnings.append(f"older recordings for the draft model could not be deleted: {ending.error}")
+        for words in self.warnings:
+            logger.warning("%s", words)
+        seconds = max(outcome.seconds for outcome in outcomes) + ending.seconds
+        return _metrics(step.tokens if ending.wrote else 0, seconds)
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -197,25 +198,24 @@ class Recorder:
         files.write_part(files.partial_folder(self.options.root, step.number), dist.get_rank(), part)
         return True
 
-    def _complete(self, step: _Step, outcomes: Sequence[_Outcome]) -> str:
-        """Put the recording in place on rank 0; returns what went wrong."""
-        root, options = self.options.root, self.options
+    def _end(self, step: _Step, outcomes: Sequence[_Outcome], *, leaves: bool) -> _Outcome:
+        """On rank 0 put the recording in place and delete older ones, or delete what the ranks have written."""
+        began = time.monotonic()
+        root, options, done = self.options.root, self.options, False
         parts = tuple(files.part_name(rank) for rank, outcome in enumerate(outcomes) if outcome.wrote)
+        error = ""
         try:
-            files.complete(
-                root, files.Facts(step.number, options.layers, options.top_tokens, parts), _all_samples(step.samples)
-            )
-            files.keep_newest(root, options.kept)
-        except OSError as error:
-            self._discard(step)
-            return cause_of(error)
-        return ""
-
-    def _discard(self, step: _Step) -> str:
-        """Delete on rank 0 what the ranks have written; what is left is deleted when a job is loaded."""
-        with contextlib.suppress(OSError):
-            files.discard(files.partial_folder(self.options.root, step.number))
-        return ""
+            if leaves:
+                facts = files.Facts(step.number, options.layers, options.top_tokens, parts)
+                files.complete(root, facts, _all_samples(step.samples))
+                done = True
+                files.keep_newest(root, options.kept)
+        except OSError as caught:
+            error = cause_of(caught)
+        if not done:
+            with contextlib.suppress(OSError):  # what is left is deleted when a job is loaded
+                files.discard(files.partial_folder(root, step.number))
+        return _Outcome(done, time.monotonic() - began, error)
 
 
 def _metrics(tokens: int, seconds: float) -> dict[str, float]:
@@ -266,9 +266,10 @@ def _gathered(outcome: _Outcome) -> list[_Outcome]:
     return outcomes
 
 
-def _of_first_rank(text: str) -> str:
-    """Rank 0's text on all ranks; collective."""
-    texts = [text]
+def _of_first_rank(outcome: _Outcome) -> _Outcome:
+    """Rank 0's on all ranks; collective."""
+    outcomes: list[Any] = [outcome]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(texts, src=0)
-    return texts[0]
+        dist.broadcast_object_list(outcomes, src=0)
+    ending: _Outcome = outcomes[0]
+    return ending

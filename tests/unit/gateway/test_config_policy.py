@@ -194,6 +194,7 @@ def test_dumps_of_a_job_are_in_its_own_folder(policy: GatewayOptions) -> None:
     found = faults(policy, run_dir="runs/a", dump_details="runs/a/dump", save_debug_rollout_data="b/{rollout_id}.pt")
     assert list(found) == ["save_debug_rollout_data"]
     assert "dumps replace files" in found["save_debug_rollout_data"]
+    assert list(faults(policy, run_dir="runs/a", draft_recordings_dir="runs/b")) == ["draft_recordings_dir"]
 
 
 def test_rows_of_a_data_file_are_no_way_out_of_the_roots(policy: GatewayOptions) -> None:

@@ -47,3 +47,15 @@ def test_the_progress_bar_has_its_end_as_soon_as_it_is_known() -> None:
     shown = output.getvalue()
     assert "running: a [b]" in shown
     assert " 0/40 " in shown
+
+
+def test_a_step_shows_how_much_of_the_drafts_was_accepted_where_there_are_any() -> None:
+    output = io.StringIO()
+    drafted = step(1, 1.0)
+    drafted.metrics.values["speculative/accept_length"] = 2.4142
+    with RunView(Console(file=output, width=200)) as view:
+        view.show(step(0, 1.0), 2)
+        view.show(drafted, 2)
+    first, second = (line for line in output.getvalue().splitlines() if line.startswith("step "))
+    assert "accept" not in first
+    assert "accept 2.41" in second

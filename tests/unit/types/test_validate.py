@@ -202,7 +202,8 @@ def test_an_empty_array_with_impossible_dimensions_is_refused() -> None:
 def usual_sample(index: int, **changes: Any) -> Sample:
     """A sample of the form that most have, which is checked together with others."""
     teachers = {"teacher_log_probs": None, "teacher_tokens": None, "teacher_token_log_probs": None}
-    rare = {**teachers, "speculative": None, "reward": 1.0}
+    drafts = SpeculativeStats(1, 2, 1) if index % 2 else None
+    rare = {**teachers, "speculative": drafts, "reward": 1.0}
     sample = dataclasses.replace(whole_sample(index), prompt="p", response="né", label="l", **rare)
     assert is_usual(sample)
     return dataclasses.replace(sample, **changes)
@@ -220,6 +221,9 @@ def usual_sample(index: int, **changes: Any) -> Sample:
         ("rollout_routed_experts", {"rollout_routed_experts": np.zeros((4, 2), np.uint8)}),
         ("rollout_routed_experts", {"rollout_routed_experts": np.zeros((4, 2, 2), np.int32)}),
         ("rollout_routed_experts", {"rollout_routed_experts": [[[0]]] * 4}),
+        ("speculative.accepted_draft_tokens", {"speculative": SpeculativeStats(3, 2, 1)}),
+        ("speculative.proposed_draft_tokens", {"speculative": SpeculativeStats(0, 2**64, 1)}),
+        ("speculative.verify_count", {"speculative": SpeculativeStats(1, 2, 1.0)}),  # type: ignore[arg-type]
     ],
 )
 def test_one_malformed_sample_of_several_is_named_by_its_field(field: str, changes: dict[str, Any]) -> None:

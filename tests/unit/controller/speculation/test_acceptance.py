@@ -11,7 +11,7 @@ from miles.rpc.gen.rollout_pb2 import SpeculationCounts, SpeculationProgress
 from miles.services.controller.speculation.acceptance import MOST_VERSIONS, RunAcceptance
 from miles.services.controller.speculation.advice import DraftSetup
 
-SETUP = DraftSetup(Speculation(DraftKind.EAGLE3, "/models/head", num_steps=3), trained=True)
+SETUP = DraftSetup(Speculation(DraftKind.EAGLE3, "/models/head", num_steps=3), trained=False)
 
 
 def run() -> RunAcceptance:

@@ -10,7 +10,7 @@ from miles.config.sglang.server_flags import server_flags
 from miles.config.speculation import speculation_of
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.served_model import ServedModel
-from miles.services.rollout.engines.sglang.speculative.drafting_flags import runs_draft_model
+from miles.services.rollout.engines.sglang.speculative.drafting_flags import most_requests, runs_draft_model
 
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
@@ -53,7 +53,7 @@ def command(
     most = options.max_running_requests
     drafts = speculation_of(options.server_flags)
     if most is None and drafts.is_on:
-        most = options.concurrency  # with drafts SGLang takes 48 unless it is told otherwise
+        most = most_requests(drafts, {**(drafting or {}), **options.server_flags}, options.concurrency)
     if most is not None:
         arguments += ["--max-running-requests", str(most)]
     if options.routed_experts:

@@ -84,23 +84,24 @@ class ResponseCorpora:
             await self._wanted.wait()
             await asyncio.sleep(GATHER_S)
             self._wanted.clear()
-            began = time.monotonic()
             try:
-                await self.load()
+                busy_s = await self.load()
             except DataError as error:
                 log.warning("earlier responses are no drafts: %s", error)
                 return
-            await asyncio.sleep(REST * (time.monotonic() - began))
+            await asyncio.sleep(REST * busy_s)
 
-    async def load(self) -> None:
+    async def load(self) -> float:
         """Load what is kept into every server that is up, in the place of what they had.
 
-        Raises DataError when the model's folder has no tokenizer.
+        Returns the seconds that servers took. Raises DataError when the model's folder has no tokenizer.
         """
         texts = await asyncio.to_thread(self._texts, self._kept.documents())
         self._number += 1
         corpus = f"{self._name}-{self._number}"
+        began = time.monotonic()
         await asyncio.gather(*(self._replace(replica, corpus, texts) for replica in self._replicas if replica.up))
+        return time.monotonic() - began
 
     async def _replace(self, replica: Replica, corpus: str, texts: Sequence[str]) -> None:
         api = replica.api

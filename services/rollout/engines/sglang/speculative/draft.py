@@ -33,7 +33,7 @@ class DraftModel:
         """`folder`: its checkpoint. `load` has the servers load tensors; `verify` raises unless they hold them."""
         self.device = device
         self.version: int | None = None
-        self._shapes = checkpoint_shapes(pathlib.Path(folder))
+        self._shapes = {_plain(name): shape for name, shape in checkpoint_shapes(pathlib.Path(folder)).items()}
         self.config = read_json_object(pathlib.Path(folder) / "config.json")
         """config.json of its checkpoint."""
         self._load = load
@@ -46,13 +46,15 @@ class DraftModel:
         Raises WeightsRefused before anything changed when the checkpoint has no such parameters, or others too: SGLang
         would keep what it has of those. Embeddings, a head and maps of the vocabulary may be left out.
         """
+        held = self._shapes
         faults = [
-            f"{name} has shape {tuple(tensor.shape)}; the draft model's is {self._shapes.get(name, 'not there')}"
+            f"{name} has shape {tuple(tensor.shape)}; the draft model's is {held.get(_plain(name), 'not there')}"
             for name, tensor in tensors.items()
-            if self._shapes and self._shapes.get(name) != tuple(tensor.shape)
+            if held and held.get(_plain(name)) != tuple(tensor.shape)
         ]
         optional = (_EMBEDDINGS, _HEAD, *_VOCABULARY_MAPS)
-        missing = (name for name in self._shapes if name not in tensors and not name.endswith(optional))
+        given = {_plain(name) for name in tensors}
+        missing = (name for name in held if name not in given and not name.endswith(optional))
         faults += [f"{name} is missing" for name in missing]
         refuse(faults, "the draft model")
         self.version = None
@@ -64,6 +66,11 @@ class DraftModel:
         """The last weights loaded, once the servers are proven to hold them. Raises ChecksumMismatch."""
         await self._verify()
         return self._tensors
+
+
+def _plain(name: str) -> str:
+    """A name as SGLang reads it: with or without the model's prefix, and an EAGLE-3 head's layer by two names."""
+    return name.removeprefix("model.").replace("midlayer.", "layers.0.")
 
 
 def checkpoint_shapes(folder: pathlib.Path) -> Shapes:

@@ -11,6 +11,9 @@ _STEPPED = (DraftKind.MTP, DraftKind.EAGLE, DraftKind.EAGLE3, DraftKind.STANDALO
 """Kinds whose model drafts one token after the other."""
 NGRAM_DRAFT_TOKENS = 12
 """What SGLang verifies with NGRAM unless told otherwise."""
+VERIFIED_AT_ONCE = 1024
+"""Tokens that all requests together may have verified in a step, for each of which a verification holds several rows as
+long as the vocabulary: some 4 GB for 150,000 tokens."""
 CORPUS_TOKENS = 1 << 19
 """Tokens of earlier responses that a server searches; some hundred bytes of host memory each."""
 
@@ -40,6 +43,18 @@ def drafting_flags(drafts: Speculation, given: Mapping[str, Any], *, responses: 
         # Twice, because a new corpus is loaded before it replaces the last one.
         added["speculative_ngram_external_corpus_max_tokens"] = 2 * CORPUS_TOKENS
     return {name: value for name, value in added.items() if given.get(name) is None}
+
+
+def most_requests(drafts: Speculation, flags: Mapping[str, Any], concurrency: int) -> int:
+    """Requests that a server with drafts takes at once where the job does not say: SGLang would take 48.
+
+    Steps that adapt become so few for many requests that all of `concurrency` fit.
+    """
+    if flags.get("speculative_adaptive"):
+        return concurrency
+    ngram = drafts.kind is DraftKind.NGRAM and flags.get("speculative_num_draft_tokens") is None
+    tokens = NGRAM_DRAFT_TOKENS if ngram else drafts.num_draft_tokens
+    return max(1, min(concurrency, VERIFIED_AT_ONCE // tokens))
 
 
 def corpus_tokens(flags: Mapping[str, Any]) -> int:

@@ -80,7 +80,8 @@ class Automatic:
         self._max_steps = max_steps
         self._buckets: dict[int, _Bucket] = {}
         self._acceptance = Acceptance()
-        self._latest = 1
+        self._latest = (1, self._bucket(1))
+        """The latest batch size and its bucket; other threads read no more than these."""
 
     def steps(self, requests: int) -> int:
         """Drafts that each of so many decoding requests may have in the next step; 0: none."""
@@ -93,8 +94,8 @@ class Automatic:
         """Take what a step has measured."""
         if not step.requests:
             return
-        self._latest = step.requests
         bucket = self._bucket(step.requests)
+        self._latest = (step.requests, bucket)
         if step.steps:
             self._acceptance.note(step.requests, step.proposed, step.accepted)
         if (step.steps > 0) != (bucket.on != bucket.probing):
@@ -128,19 +129,21 @@ class Automatic:
     @property
     def decided_steps(self) -> int:
         """Steps at the latest batch size; 0 while drafts are off."""
-        bucket = self._bucket(self._latest)
+        _, bucket = self._latest
         return bucket.steps if bucket.on else 0
 
     @property
     def speedup(self) -> float:
         """Tokens per second with drafts over those without, at the latest batch size; 0 when not known."""
-        return self._bucket(self._latest).speedup
+        _, bucket = self._latest
+        return bucket.speedup
 
     @property
     def reason(self) -> str:
         """Why drafts are off or cut short at the latest batch size; empty when they are not."""
-        bucket, least = self._bucket(self._latest), 1 << _size(self._latest) >> 1
-        requests = "1 request" if self._latest == 1 else f"{least + 1} to {2 * least} requests"
+        batch, bucket = self._latest
+        least = 1 << _size(batch) >> 1
+        requests = f"{batch} request{'s' * (batch > 1)}" if batch < 3 else f"{least + 1} to {2 * least} requests"
         measured = f" ({bucket.speedup:.2f} times the tokens/s without)" if bucket.speedup else ""
         if not bucket.on:
             return f"drafts do not pay with {requests} at once{measured}"

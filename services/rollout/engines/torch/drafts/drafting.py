@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -24,9 +25,10 @@ Versions = tuple[int, int | None]
 class Drafting:
     """Drafts of running requests. Used by the worker thread alone, but for `state`."""
 
-    def __init__(self, proposer: Proposer, speculation: Speculation, max_draft_tokens: int) -> None:
-        """`max_draft_tokens`: of all requests together in one step at most."""
+    def __init__(self, proposer: Proposer, speculation: Speculation, *, max_draft_tokens: int, vocabulary: int) -> None:
+        """`max_draft_tokens`: of all requests together in one step at most; `vocabulary`: of the policy, in tokens."""
         self.proposer = proposer
+        self._vocabulary = vocabulary
         self._num_steps = speculation.num_steps
         self._max_draft_tokens = max_draft_tokens
         self._automatic = None if speculation.adaptive is False else Automatic(speculation.num_steps)
@@ -66,7 +68,7 @@ class Drafting:
             return
         for request, drafts in zip(plan.decode, self.proposer.propose(plan.decode, self._steps), strict=True):
             room = request.request.sampling.max_new_tokens - request.response_length - 1
-            request.drafts = drafts[: min(room, self._steps)]
+            request.drafts = list(itertools.takewhile(self._is_token, drafts[: min(room, self._steps)]))
 
     def note_computed(self, plan: Plan, kept: Mapping[int, int], hidden_ND: Mapping[int, torch.Tensor]) -> None:
         """Pass on what a forward pass has computed, before its tokens are appended.
@@ -117,6 +119,9 @@ class Drafting:
         """Requests have ended, or their caches are gone."""
         for request in requests:
             self.proposer.forget(request)
+
+    def _is_token(self, draft: int) -> bool:
+        return 0 <= draft < self._vocabulary
 
     def _add(self, policy_version: int, proposed: int, accepted: int) -> None:
         versions = (policy_version, self.draft_version)

@@ -82,7 +82,12 @@ class Generator:
         self.drafting: Drafting | None = None
         if options.speculation.is_on:
             proposer = create_proposer(_policy(config, model, options))
-            self.drafting = Drafting(proposer, options.speculation, padding.max_draft_tokens)
+            self.drafting = Drafting(
+                proposer,
+                options.speculation,
+                max_draft_tokens=padding.max_draft_tokens,
+                vocabulary=shape.vocabulary,
+            )
         layers = () if self.drafting is None else self.drafting.proposer.layers
         self._hidden = HiddenStates(model, layers, shape.layers)
         cache = KVCache(

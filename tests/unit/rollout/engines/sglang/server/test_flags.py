@@ -167,8 +167,12 @@ def test_a_folder_without_weights_starts_with_noise_and_the_draft_with_its_own()
     assert "--disable-shared-experts-fusion" not in words(drafted)
 
 
-def test_servers_with_drafts_take_as_many_requests_as_without() -> None:
-    assert "--max-running-requests 512" in words(options_of(sglang_speculative_algorithm="NGRAM"))
+def test_servers_with_drafts_take_as_many_requests_as_they_can_verify_at_once() -> None:
+    eagle = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "d"}
+    adaptive = command(options_of(**eagle), 0, 1, ServedModel("m", 4096), {"speculative_adaptive": True})
+    assert "--max-running-requests 512" in " ".join(adaptive)
+    assert "--max-running-requests 256" in words(options_of(**eagle))
+    assert "--max-running-requests 85" in words(options_of(sglang_speculative_algorithm="NGRAM"))
     given = options_of(sglang_speculative_algorithm="NGRAM", sglang_server_concurrency=64)
     assert "--max-running-requests 64" in words(given)
     assert "--max-running-requests 8" in words(options_of(sglang_speculative_algorithm="NGRAM", max_running_requests=8))

@@ -73,10 +73,20 @@ async def test_weights_of_another_model_are_refused_before_anything_changes(
 
 
 async def test_a_version_that_leaves_something_out_is_refused(draft: DraftModel, servers: Servers) -> None:
-    with pytest.raises(WeightsRefused, match=r"model.layers.0.w is missing"):
+    with pytest.raises(WeightsRefused, match=r"layers.0.w is missing"):
         await draft.load_weights(7, {"model.embed_tokens.weight": DRAFT["model.embed_tokens.weight"]})
     await draft.load_weights(8, {"model.layers.0.w": DRAFT["model.layers.0.w"]})
     assert draft.version == 8
+
+
+async def test_a_head_goes_by_each_name_that_sglang_knows(servers: Servers, tmp_path: pathlib.Path) -> None:
+    save_file({"midlayer.w": torch.ones(2, 3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    head = DraftModel(torch.device("cpu"), str(tmp_path), servers.load, servers.verify)
+    for version, name in enumerate(("midlayer.w", "layers.0.w", "model.layers.0.w")):
+        await head.load_weights(version, {name: torch.ones(2, 3)})
+    assert len(servers.loads) == 3
+    with pytest.raises(WeightsRefused, match=r"layers.1.w has shape"):
+        await head.load_weights(4, {"layers.1.w": torch.ones(2, 3)})
 
 
 HEAD = {**DRAFT, "lm_head.weight": torch.ones(8, 3), "d2t": torch.zeros(8), "t2d": torch.ones(8)}

@@ -148,6 +148,11 @@ def test_one_slow_step_decides_nothing() -> None:
         assert automatic.decided_steps > 0
 
 
+def test_reading_the_decision_changes_nothing() -> None:
+    automatic = Automatic(3)
+    assert (automatic.decided_steps, automatic.reason, automatic.speedup) == (3, "", 0.0)
+
+
 def test_acceptance_of_positions_that_were_not_tried_goes_on_as_before() -> None:
     acceptance = Acceptance()
     acceptance.note(4, [2, 2, 2, 2], [2, 1, 1, 0])
