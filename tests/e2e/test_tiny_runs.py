@@ -389,38 +389,80 @@ def test_same_seed_same_tokens_even_when_the_trainer_is_killed(
 def test_killing_the_draft_trainer_changes_nothing_but_acceptance(
     services: MilesClient, tiny_dense: pathlib.Path, short: dict[str, object], whole: Run
 ) -> None:
-    """The same tokens as without any drafts. The job is paused, as its steps take less time than a start does."""
-    changes = {
-        "rollout_backend": "torch",
-        "sglang_speculative_algorithm": "STANDALONE",
-        "sglang_speculative_draft_model_path": str(tiny_dense / "model"),
-        "enable_draft_training": True,
-        "draft_batch_tokens": 512,
-        "draft_recordings_kept": 9,
-    }
-    config = settings(tiny_dense, name="drafted", **short, **changes)
+    """The same tokens as without any drafts."""
+    standalone = {"algorithm": "STANDALONE", "draft_model_path": str(tiny_dense / "model")}
+    drafted = with_killed_draft_trainer(services, tiny_dense, short, standalone)
+    assert_same_but_drafts(whole, drafted)
+
+
+@pytest.mark.slow
+def test_a_head_from_nothing_changes_nothing_but_acceptance(
+    services: MilesClient, tiny_dense: pathlib.Path, short: dict[str, object]
+) -> None:
+    """EAGLE-3 reads hidden states between layers, of which the tiny model has too few."""
+    folder = deepened(tiny_dense, tiny_dense / "deep")
+    config = settings(folder, name="plain", **short)
+    config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+    job = services.submit(config)
+    wait_for(services, job["id"], lambda job: job["state"] == "succeeded")
+    drafted = with_killed_draft_trainer(services, folder, short, {"algorithm": "EAGLE3"})
+    assert_same_but_drafts(Records(pathlib.Path(job["config"]["run_dir"])), drafted)
+    assert (drafted.run_dir / "drafts" / "initial" / "config.json").is_file()
+    assert (drafted.run_dir / "drafts" / "trained" / "config.json").is_file()
+
+
+def with_killed_draft_trainer(
+    services: MilesClient, folder: pathlib.Path, short: dict[str, object], speculative: dict[str, str]
+) -> Records:
+    """A job whose draft trainer was killed twice; paused before, as its steps take less time than a start does."""
+    training = {"enable_draft_training": True, "draft_batch_tokens": 512, "draft_recordings_kept": 9}
+    flags = {f"sglang_speculative_{name}": value for name, value in speculative.items()}
+    config = settings(folder, name="drafted", rollout_backend="torch", **short, **training, **flags)
     config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
     job = services.submit(config)
     run = Records(pathlib.Path(job["config"]["run_dir"]))
-    learned = -1
     for steps in (1, 4):
         wait_for(services, job["id"], lambda job, least=steps: job["policy_version"] >= least)
         services.pause(job["id"])
-        paused = wait_for(services, job["id"], lambda job: job["state"] in ("paused", "succeeded"))
-        learned = wait_for_draft(run.run_dir, max(learned + 1, paused["policy_version"] - 1))
+        paused = wait_for(services, job["id"], lambda job: job["state"] == "paused")
+        wait_for_draft(run.run_dir, paused["policy_version"] - 1)
         (trainer,) = [worker for worker in services.workers() if worker["kind"] == "draft_trainer"]
         psutil.Process(trainer["info"]["pid"]).kill()
-        if paused["state"] == "paused":
-            services.resume(job["id"])
+        services.resume(job["id"])
     wait_for(services, job["id"], lambda job: job["state"] == "succeeded")
-    assert [line["rollout/raw_reward"] for line in run.metrics()] == [
-        line["rollout/raw_reward"] for line in whole.metrics()
-    ]
-    assert equal(whole, run)
-    assert run.metrics()[-1]["draft/version"] >= 1
-    assert run.metrics()[-1]["draft/missed_recordings"] == 0
     events = [event["text"] for event in services.watch(job["id"], follow=False) if event["type"] == "log"]
     assert any("draft-trainer-0 is lost, and the run goes on" in text for text in events)
+    return run
+
+
+def assert_same_but_drafts(plain: Records, drafted: Records) -> None:
+    assert [line["rollout/raw_reward"] for line in drafted.metrics()] == [
+        line["rollout/raw_reward"] for line in plain.metrics()
+    ]
+    assert equal(plain, drafted)
+    last = drafted.metrics()[-1]
+    assert last["draft/version"] >= 1
+    assert last["draft/missed_recordings"] == 0
+
+
+def deepened(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """The tiny model with two layers more, which begin without an effect."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source / "model")
+    config.num_hidden_layers += 2
+    config.layer_types = config.layer_types + config.layer_types[-2:]
+    state = AutoModelForCausalLM.from_pretrained(source / "model").state_dict()
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for layer in model.model.layers[-2:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(source / "model").save_pretrained(folder / "model")
+    shutil.copy(source / "train.jsonl", folder)
+    return folder
 
 
 def wait_for_draft(run_dir: pathlib.Path, step: int) -> int:

@@ -43,7 +43,7 @@ def undisturbed(config_folder: pathlib.Path, run_dir: pathlib.Path, steps: int) 
     """Digests of the draft after so many recordings, learned without a process."""
     config = draft_config(config_folder)
     learner = create_learner(config, initial_dir(pathlib.Path(config.services.run_dir)), torch.device("cpu"))
-    training = DraftTraining(config, run_dir, learner, torch.device("cpu"), 0)
+    training = DraftTraining(config, run_dir, learner, torch.device("cpu"))
     for step in range(steps):
         for _ in training.learn(samples_of_step(step), step):
             pass
@@ -59,8 +59,10 @@ def test_a_killed_draft_trainer_loses_nothing_but_time(
     engine = Engine(weightsync, "engine", "--stream", "draft", job=JOB)
     first = DraftTrainerProcess()
     processes += [engine, first]
-    first.calls.start_job(JOB, config, weightsync.address, run_dir)
     record(run_dir, 0)
+    first.calls.start_job(JOB, config, weightsync.address, run_dir, policy_step=None)
+    first.calls.wait_for(lambda said: said.activity == "waiting for the run to be loaded", "loaded draft")
+    first.calls.start_job(JOB, config, weightsync.address, run_dir, policy_step=0)
     said = first.calls.wait_for_version(1)
     assert {"draft/loss", "draft/agreement", "draft/update_s"} <= set(said.metrics)
     weightsync.activate(1, 1, stream="draft", job=JOB)

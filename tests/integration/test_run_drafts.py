@@ -106,10 +106,12 @@ async def test_a_run_follows_its_draft_trainer_and_goes_on_without_it(
         rollouts = RolloutWorkers(context, registry, queue, alerts, host.address, rewards, acceptance)
         drafts = RunDrafts(context, registry, weightsync, rollouts, alerts, activities)
 
-        await drafts.begin(0)
+        drafts.begin()
         assert drafts.take_metrics() == {"draft/version": 0, "draft/missed_recordings": 0}
         first = DraftTrainer(registry)
         await first.start("first")
+        await until(lambda: drafts.describe() == "waiting for the run to be loaded", "the draft, beside the run")
+        drafts.loaded(0)
         record(run_dir, 0)
         await until(lambda: drafts.active == 1, "version 1")
         await until(lambda: engine.version == 1, "the engine")
@@ -123,7 +125,7 @@ async def test_a_run_follows_its_draft_trainer_and_goes_on_without_it(
         await drafts.leave_gpus(alerts.check)
         await until(lambda: drafts.describe() == "held", "the hold")
         record(run_dir, 1)
-        await drafts.begin(2)  # a run that is loaded again meanwhile does not end the trainer's turn
+        drafts.loaded(2)  # a run that is loaded again meanwhile does not end the trainer's turn
         await until(lambda: drafts.describe() == "held", "the hold again")
         assert (drafts.active, engine.loads) == (1, [1])
         await drafts.return_to_gpus()

@@ -29,8 +29,9 @@ LAYERS, HIDDEN = 3, 32
 def draft_config(model: pathlib.Path, **changes: Any) -> JobConfig:
     """A job that trains an EAGLE-3 head from nothing, with several optimizer steps a recording."""
     settings = {
-        "sglang_speculative_algorithm": "EAGLE3", "sglang_speculative_num_steps": 2, "enable_draft_training": True,
-        "draft_batch_tokens": 64, "draft_tokens_per_step": 4096, "draft_learning_rate": 1e-3,
+        "rollout_backend": "torch", "sglang_speculative_algorithm": "EAGLE3", "sglang_speculative_num_steps": 2,
+        "enable_draft_training": True, "draft_batch_tokens": 64, "draft_tokens_per_step": 4096,
+        "draft_learning_rate": 1e-3,
     }  # fmt: skip
     return job_config(model, **settings | changes)
 
@@ -60,7 +61,12 @@ class DraftCalls:
         self._changed = threading.Condition()
 
     def start_job(
-        self, job_id: str, config: JobConfig, weightsync_address: str, run_dir: pathlib.Path, policy_step: int = 0
+        self,
+        job_id: str,
+        config: JobConfig,
+        weightsync_address: str,
+        run_dir: pathlib.Path,
+        policy_step: int | None = 0,
     ) -> None:
         """Have it load a job, and follow that from now on."""
         request = draft_trainer_pb2.DraftTrainerStartJobRequest(

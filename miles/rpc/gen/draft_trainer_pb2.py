@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmiles/v1/draft_trainer.proto\x12\x08miles.v1\"\x84\x01\n\x1b\x44raftTrainerStartJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x1a\n\x12weightsync_address\x18\x03 \x01(\t\x12\x0f\n\x07run_dir\x18\x04 \x01(\t\x12\x13\n\x0bpolicy_step\x18\x05 \x01(\x04\"<\n\x1c\x44raftTrainerStartJobResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\",\n\x1a\x44raftTrainerStopJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1d\n\x1b\x44raftTrainerStopJobResponse\"$\n\x12WatchDraftsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xa5\x02\n\x13WatchDraftsResponse\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrecordings\x18\x03 \x01(\x04\x12\x19\n\x11missed_recordings\x18\x04 \x01(\x04\x12;\n\x07metrics\x18\x05 \x03(\x0b\x32*.miles.v1.WatchDraftsResponse.MetricsEntry\x12\x1a\n\rrecorded_step\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x10\n\x08warnings\x18\x07 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\n\n\x08_versionB\x10\n\x0e_recorded_step\"I\n\x11HoldDraftsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\x08\x12\x16\n\x0erelease_memory\x18\x03 \x01(\x08\",\n\x12HoldDraftsResponse\x12\x16\n\x0ereleased_bytes\x18\x01 \x01(\x04\x32\xd5\x02\n\x13\x44raftTrainerService\x12[\n\x08StartJob\x12%.miles.v1.DraftTrainerStartJobRequest\x1a&.miles.v1.DraftTrainerStartJobResponse0\x01\x12V\n\x07StopJob\x12$.miles.v1.DraftTrainerStopJobRequest\x1a%.miles.v1.DraftTrainerStopJobResponse\x12\x46\n\x05Watch\x12\x1c.miles.v1.WatchDraftsRequest\x1a\x1d.miles.v1.WatchDraftsResponse0\x01\x12\x41\n\x04Hold\x12\x1b.miles.v1.HoldDraftsRequest\x1a\x1c.miles.v1.HoldDraftsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmiles/v1/draft_trainer.proto\x12\x08miles.v1\"\x99\x01\n\x1b\x44raftTrainerStartJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x1a\n\x12weightsync_address\x18\x03 \x01(\t\x12\x0f\n\x07run_dir\x18\x04 \x01(\t\x12\x18\n\x0bpolicy_step\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_policy_step\"<\n\x1c\x44raftTrainerStartJobResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\",\n\x1a\x44raftTrainerStopJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1d\n\x1b\x44raftTrainerStopJobResponse\"$\n\x12WatchDraftsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xa5\x02\n\x13WatchDraftsResponse\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nrecordings\x18\x03 \x01(\x04\x12\x19\n\x11missed_recordings\x18\x04 \x01(\x04\x12;\n\x07metrics\x18\x05 \x03(\x0b\x32*.miles.v1.WatchDraftsResponse.MetricsEntry\x12\x1a\n\rrecorded_step\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x10\n\x08warnings\x18\x07 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\n\n\x08_versionB\x10\n\x0e_recorded_step\"I\n\x11HoldDraftsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\x08\x12\x16\n\x0erelease_memory\x18\x03 \x01(\x08\",\n\x12HoldDraftsResponse\x12\x16\n\x0ereleased_bytes\x18\x01 \x01(\x04\x32\xd5\x02\n\x13\x44raftTrainerService\x12[\n\x08StartJob\x12%.miles.v1.DraftTrainerStartJobRequest\x1a&.miles.v1.DraftTrainerStartJobResponse0\x01\x12V\n\x07StopJob\x12$.miles.v1.DraftTrainerStopJobRequest\x1a%.miles.v1.DraftTrainerStopJobResponse\x12\x46\n\x05Watch\x12\x1c.miles.v1.WatchDraftsRequest\x1a\x1d.miles.v1.WatchDraftsResponse0\x01\x12\x41\n\x04Hold\x12\x1b.miles.v1.HoldDraftsRequest\x1a\x1c.miles.v1.HoldDraftsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHDRAFTSRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_WATCHDRAFTSRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_DRAFTTRAINERSTARTJOBREQUEST']._serialized_start=43
-  _globals['_DRAFTTRAINERSTARTJOBREQUEST']._serialized_end=175
-  _globals['_DRAFTTRAINERSTARTJOBRESPONSE']._serialized_start=177
-  _globals['_DRAFTTRAINERSTARTJOBRESPONSE']._serialized_end=237
-  _globals['_DRAFTTRAINERSTOPJOBREQUEST']._serialized_start=239
-  _globals['_DRAFTTRAINERSTOPJOBREQUEST']._serialized_end=283
-  _globals['_DRAFTTRAINERSTOPJOBRESPONSE']._serialized_start=285
-  _globals['_DRAFTTRAINERSTOPJOBRESPONSE']._serialized_end=314
-  _globals['_WATCHDRAFTSREQUEST']._serialized_start=316
-  _globals['_WATCHDRAFTSREQUEST']._serialized_end=352
-  _globals['_WATCHDRAFTSRESPONSE']._serialized_start=355
-  _globals['_WATCHDRAFTSRESPONSE']._serialized_end=648
-  _globals['_WATCHDRAFTSRESPONSE_METRICSENTRY']._serialized_start=572
-  _globals['_WATCHDRAFTSRESPONSE_METRICSENTRY']._serialized_end=618
-  _globals['_HOLDDRAFTSREQUEST']._serialized_start=650
-  _globals['_HOLDDRAFTSREQUEST']._serialized_end=723
-  _globals['_HOLDDRAFTSRESPONSE']._serialized_start=725
-  _globals['_HOLDDRAFTSRESPONSE']._serialized_end=769
-  _globals['_DRAFTTRAINERSERVICE']._serialized_start=772
-  _globals['_DRAFTTRAINERSERVICE']._serialized_end=1113
+  _globals['_DRAFTTRAINERSTARTJOBREQUEST']._serialized_end=196
+  _globals['_DRAFTTRAINERSTARTJOBRESPONSE']._serialized_start=198
+  _globals['_DRAFTTRAINERSTARTJOBRESPONSE']._serialized_end=258
+  _globals['_DRAFTTRAINERSTOPJOBREQUEST']._serialized_start=260
+  _globals['_DRAFTTRAINERSTOPJOBREQUEST']._serialized_end=304
+  _globals['_DRAFTTRAINERSTOPJOBRESPONSE']._serialized_start=306
+  _globals['_DRAFTTRAINERSTOPJOBRESPONSE']._serialized_end=335
+  _globals['_WATCHDRAFTSREQUEST']._serialized_start=337
+  _globals['_WATCHDRAFTSREQUEST']._serialized_end=373
+  _globals['_WATCHDRAFTSRESPONSE']._serialized_start=376
+  _globals['_WATCHDRAFTSRESPONSE']._serialized_end=669
+  _globals['_WATCHDRAFTSRESPONSE_METRICSENTRY']._serialized_start=593
+  _globals['_WATCHDRAFTSRESPONSE_METRICSENTRY']._serialized_end=639
+  _globals['_HOLDDRAFTSREQUEST']._serialized_start=671
+  _globals['_HOLDDRAFTSREQUEST']._serialized_end=744
+  _globals['_HOLDDRAFTSRESPONSE']._serialized_start=746
+  _globals['_HOLDDRAFTSRESPONSE']._serialized_end=790
+  _globals['_DRAFTTRAINERSERVICE']._serialized_start=793
+  _globals['_DRAFTTRAINERSERVICE']._serialized_end=1134
 # @@protoc_insertion_point(module_scope)

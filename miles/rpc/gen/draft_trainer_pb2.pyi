@@ -41,7 +41,7 @@ class DraftTrainerStartJobRequest(_message.Message):
     """Folder of the job's run."""
     policy_step: _builtins.int
     """Training steps that the policy has taken, a count. Recordings from this step on will be made again, and are trained on
-    again.
+    again. Absent while the run is being loaded: the draft model is loaded too, and waits for a call that says it.
     """
     def __init__(
         self,
@@ -50,13 +50,15 @@ class DraftTrainerStartJobRequest(_message.Message):
         config_json: _builtins.str = ...,
         weightsync_address: _builtins.str = ...,
         run_dir: _builtins.str = ...,
-        policy_step: _builtins.int = ...,
+        policy_step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_policy_step", b"_policy_step", "policy_step", b"policy_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "job_id", b"job_id", "policy_step", b"policy_step", "run_dir", b"run_dir", "weightsync_address", b"weightsync_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_policy_step", b"_policy_step", "config_json", b"config_json", "job_id", b"job_id", "policy_step", b"policy_step", "run_dir", b"run_dir", "weightsync_address", b"weightsync_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__policy_step: _TypeAlias = _typing.Literal["policy_step"]  # noqa: Y015
+    _WhichOneofArgType__policy_step: _TypeAlias = _typing.Literal["_policy_step", b"_policy_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__policy_step) -> _WhichOneofReturnType__policy_step | None: ...
 
 Global___DraftTrainerStartJobRequest: _TypeAlias = DraftTrainerStartJobRequest  # noqa: Y015
 

@@ -37,8 +37,11 @@ class DraftTrainerClient:
         """Close the connection."""
         await self._channel.close()
 
-    async def start_job(self, policy_step: int) -> None:
-        """Load the draft model, or publish again what is loaded; the policy has taken so many steps."""
+    async def start_job(self, policy_step: int | None) -> None:
+        """Load the draft model, or publish again what is loaded.
+
+        `policy_step`: training steps that the policy has taken; None when that is not known yet.
+        """
         request = draft_trainer_pb2.DraftTrainerStartJobRequest(
             job_id=self._context.job_id,
             config_json=self._context.config_json,

@@ -28,7 +28,7 @@ from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.load_faults import LoadFaults
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
-from miles.tasks import cancel
+from miles.tasks import cancel, cancelled_at_end
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ _MISSING_S = 60.0
 """How long there may be no draft trainer before people are told."""
 _CHECK_S = 0.5
 """How often a wait looks for what ends it."""
-_RETRY_S = 5.0
+_RETRY_S, _LONGEST_RETRY_S = 5.0, 60.0
 """Time between two attempts at what has failed."""
 _BUSY = {"training": "train draft", "publishing": "publish draft"}
 """Activities in a run's timeline, by the first word of what the draft trainer says."""
 
 
 class RunDrafts:
-    """Follows one run's draft trainer, if drafts are trained at all. `begin` starts it, `close` ends it."""
+    """Follows one run's draft trainer, if drafts are trained at all, from `begin` to `close`."""
 
     def __init__(
         self,
@@ -63,7 +63,11 @@ class RunDrafts:
         self._rollouts = rollouts
         self._alerts = alerts
         self._activities = activities
-        self._policy_step = 0
+        self._policy_step: int | None = None
+        """Training steps that the policy has taken; None before the run is loaded."""
+        self._loads = 0
+        """How often the run was loaded, a count."""
+        self._loaded = ChangeSignal()
         self._tasks: list[asyncio.Task[None]] = []
         self._client: DraftTrainerClient | None = None
         """Set while the draft trainer has loaded the job."""
@@ -80,18 +84,22 @@ class RunDrafts:
         self._changed = ChangeSignal()
         self._faults = LoadFaults()
 
-    async def begin(self, policy_step: int) -> None:
-        """The run was loaded, for the first time or again, with so many steps taken by the policy."""
+    def begin(self) -> None:
+        """Have the draft trainer load its model, while the run is loaded."""
         if not self.wanted:
             return
-        await self.close()
-        self._policy_step = policy_step
         self._tasks = [
             asyncio.create_task(self._follow(), name="draft trainer"),
             asyncio.create_task(self._activate(), name="activation of drafts"),
         ]
         for task in self._tasks:
             self._alerts.watch(task)
+
+    def loaded(self, policy_step: int) -> None:
+        """The run was loaded, for the first time or again, with so many steps taken by the policy."""
+        self._policy_step = policy_step
+        self._loads += 1
+        self._loaded.notify()
 
     async def close(self) -> None:
         """Follow it no more; it goes on by itself."""
@@ -141,19 +149,25 @@ class RunDrafts:
 
     async def _follow(self) -> None:
         """Have a draft trainer work on the job, again and again."""
+        pause_s = _RETRY_S
         while True:
             worker = await self._worker()
+            what = "is lost"
             try:
                 await self._follow_worker(worker)
                 why = "it has left the job"
-            except (WorkerLostError, WorkerFailedError) as error:
+            except WorkerLostError as error:
                 why = str(error)
+            except WorkerFailedError as error:
+                what, why = "trains no drafts", str(error)
             if self._lost != worker.worker_id:
                 self._lost = worker.worker_id
-                self._alerts.report(
-                    f"{worker.worker_id} is lost, and the run goes on with the draft that it has: {why}"
-                )
-            await asyncio.sleep(_RETRY_S if not worker.lost.is_set() else 0)
+                self._alerts.report(f"{worker.worker_id} {what}, and the run goes on with the draft that it has: {why}")
+            if worker.lost.is_set():
+                pause_s = _RETRY_S
+            else:  # the same process is asked again, ever more seldom
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
 
     async def _worker(self) -> AttachedWorker:
         """Wait for a draft trainer to attach."""
@@ -172,17 +186,31 @@ class RunDrafts:
         client = DraftTrainerClient(worker, self._context, self._weightsync.address)
         self._prepared = None  # it publishes again what it goes on from: the bytes may have been lost with it
         try:
+            loads = self._loads
             with self._activities.during(worker.worker_id, "load"):
                 await client.start_job(self._policy_step)
             self._client = client
             if self._held:
                 await self._hold(client)
-            async for message in client.watch():
-                self._note(worker.worker_id, message)
+            watching = asyncio.create_task(self._watch(client), name="training of drafts")
+            async with cancelled_at_end(watching):
+                while not watching.done():
+                    if loads != self._loads:
+                        loads, self._prepared = self._loads, None
+                        await client.start_job(self._policy_step)
+                        continue
+                    loaded = asyncio.create_task(self._loaded.wait())
+                    async with cancelled_at_end(loaded):
+                        await asyncio.wait({watching, loaded}, return_when=asyncio.FIRST_COMPLETED)
+                watching.result()
         finally:
             self._client = None
             self._activities.end(worker.worker_id)
             await client.aclose()
+
+    async def _watch(self, client: DraftTrainerClient) -> None:
+        async for message in client.watch():
+            self._note(client.worker_id, message)
 
     def _note(self, worker_id: str, message: draft_trainer_pb2.WatchDraftsResponse) -> None:
         if self._lost:
@@ -196,7 +224,8 @@ class RunDrafts:
             if word in _BUSY:
                 self._activities.begin(worker_id, _BUSY[word])
         self._said = message
-        if message.HasField("recorded_step"):  # what it goes on from after a loss, unless the policy is taken back
+        if message.HasField("recorded_step") and self._policy_step is not None:
+            # What it goes on from after a loss, unless the policy is taken back.
             self._policy_step = max(self._policy_step, message.recorded_step + 1)
         if message.HasField("version") and message.version != self._prepared:
             self._prepared = self._due = message.version

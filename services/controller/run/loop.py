@@ -42,7 +42,7 @@ class RunLoop:
         """Take every step; raises what the user asked for, or what went wrong."""
         run = self._run
         admission = await load(run, self._trainer, self._check)
-        await run.drafts.begin(run.step)
+        run.drafts.loaded(run.step)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, f"at step {run.step}")
         await self._after_step()
         if run.publisher.publishes:

@@ -30,6 +30,7 @@ async def run_to_end(setup: RunSetup) -> None:
     run = await setup.connect()
     dispatching = asyncio.create_task(run.dispatcher.run())
     run.alerts.watch(dispatching)
+    run.drafts.begin()
     try:
         await _run_with_recoveries(run)
     finally:

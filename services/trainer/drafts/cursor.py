@@ -39,6 +39,10 @@ class RecordingCursor:
         self.last = step
         self.missed += 1
 
+    def begin_at(self, policy_step: int) -> None:
+        """The first recording that is expected is that of this step."""
+        self.last = policy_step - 1
+
     def rewind(self, policy_step: int) -> None:
         """The policy has taken so many steps: recordings from there on are made again."""
         self.last = min(self.last, policy_step - 1)

@@ -47,10 +47,12 @@ class DraftJob:
         weightsync_address: str,
         learner: Learner,
         device: torch.device,
-        policy_step: int,
+        policy_step: int | None,
         on_change: Callable[[], None],
     ) -> None:
         """Go on from the job's checkpoint, if there is one; `on_change` is called whenever `progress` is another.
+
+        Without `policy_step` nothing is trained or published until `reload` says it.
 
         Raises UnusableDraftCheckpointError.
         """
@@ -63,16 +65,18 @@ class DraftJob:
         self._run_dir = run_dir
         self._root = recordings.root_of(config, run_dir)
         self._on_change = on_change
-        self._training = DraftTraining(config, run_dir, learner, device, policy_step)
+        self._training = DraftTraining(config, run_dir, learner, device)
         self._publisher = DraftPublisher(config, job_id, weightsync_address, device)
         self._control = Control(self._training.release_memory, self._training.restore_memory)
         self._repeated = RepeatedWarnings()
         self._asked = threading.Lock()
-        self._policy_step: int | None = None
+        self._may_train = False
+        """Whether the policy's step was ever said."""
+        self._policy_step: int | None = policy_step
         """Set when the run was loaded again, until the thread has taken note of it."""
         self._published: int | None = None
         """Newest version that the service has; None before the first, and when it is to be published again."""
-        self._publication_due = self._training.version > 0
+        self._publication_due = False
         self._thread = threading.Thread(target=self._run, name=f"draft of job {job_id}", daemon=True)
 
     def begin(self) -> None:
@@ -107,10 +111,12 @@ class DraftJob:
     def _run(self) -> None:
         try:
             while True:
-                self._note("held" if self._control.is_asked_to_hold else "waiting for recordings")
+                self._note(self._idle_activity())
                 self._control.between_steps()
                 self._take_reload()
-                if self._publication_due:
+                if not self._may_train:
+                    self._control.sleep(_POLL_S)
+                elif self._publication_due:
                     self._publish()
                 elif (step := self._training.cursor.next(recordings.steps(self._root))) is not None:
                     self._train_on(step)
@@ -130,8 +136,14 @@ class DraftJob:
         with self._asked:
             step, self._policy_step = self._policy_step, None
         if step is not None:
-            self._training.cursor.rewind(step)
+            self._may_train = True
+            self._training.policy_is_at(step)
             self._publication_due = self._training.version > 0
+
+    def _idle_activity(self) -> str:
+        if self._control.is_asked_to_hold:
+            return "held"
+        return "waiting for recordings" if self._may_train else "waiting for the run to be loaded"
 
     def _train_on(self, step: int) -> None:
         training = self._training

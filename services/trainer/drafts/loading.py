@@ -46,5 +46,5 @@ def load_job(
             f"sglang_speculative_draft_model_path = {path} is no folder on the draft trainer's host"
         )
     learner = create_learner(config, pathlib.Path(path), device)
-    address, step = request.weightsync_address, request.policy_step
+    address, step = request.weightsync_address, request.policy_step if request.HasField("policy_step") else None
     return DraftJob(request.job_id, config, run_dir, address, learner, device, step, on_change)

@@ -68,7 +68,8 @@ class DraftTrainerServicer(draft_trainer_pb2_grpc.DraftTrainerServiceServicer):
                 problem = f"the draft trainer holds job {job.job_id}; stop that one first"
                 await abort(context, grpc.StatusCode.FAILED_PRECONDITION, problem)
             if job is not None and job.failure is None:
-                job.reload(request.policy_step)
+                if request.HasField("policy_step"):
+                    job.reload(request.policy_step)
             else:
                 self._job = None
                 async with contextlib.aclosing(self._start(request, context)) as stages:
@@ -128,16 +129,19 @@ class DraftTrainerServicer(draft_trainer_pb2_grpc.DraftTrainerServiceServicer):
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody is left to be told
                 loop.call_soon_threadsafe(self._changed.notify)
 
-        loading = asyncio.ensure_future(asyncio.to_thread(self._load, request, config, on_change))
+        async def load() -> None:
+            job = await asyncio.to_thread(self._load, request, config, on_change)
+            job.begin()
+            self._job = job
+
+        loading = asyncio.ensure_future(load())
         try:
             while not (await asyncio.wait([loading], timeout=_REPORT_EVERY_S))[0]:
                 yield f"loading the draft model ({time.monotonic() - began:.0f} s)"
         finally:
-            await asyncio.wait([loading])  # a thread cannot be cancelled
+            await asyncio.wait([loading])  # a thread cannot be cancelled, and a caller that has left may come again
         async with errors_as_status(context):
-            job = loading.result()
-        job.begin()
-        self._job = job
+            loading.result()
 
     async def _held(self, job_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> DraftJob:
         job = self._job

@@ -33,9 +33,7 @@ class DraftBrokenError(ArithmeticError):
 class DraftTraining:
     """A learner with its place in the recordings. Called by one thread alone."""
 
-    def __init__(
-        self, config: JobConfig, run_dir: pathlib.Path, learner: Learner, device: torch.device, policy_step: int
-    ) -> None:
+    def __init__(self, config: JobConfig, run_dir: pathlib.Path, learner: Learner, device: torch.device) -> None:
         """Go on from the job's checkpoint, if there is one. Raises UnusableDraftCheckpointError."""
         self.learner = learner
         self.version = 0
@@ -46,7 +44,7 @@ class DraftTraining:
         """Since this process began, a count."""
         self.metrics: Mapping[str, float] = {}
         """Of the newest version."""
-        self.cursor = RecordingCursor(policy_step - 1)
+        self.cursor = RecordingCursor(-1)
         self._interval = config.drafts.draft_update_interval
         self._folder = checkpoint_dir(run_dir)
         self._device = device
@@ -57,12 +55,19 @@ class DraftTraining:
         self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._counts: collections.Counter[str] = collections.Counter()
         self._train_s = 0.0
-        self._resume(policy_step)
+        self._resume()
 
     @property
     def is_version_due(self) -> bool:
         """Whether a new version is to be made of what was learned."""
         return self._unpublished >= self._interval
+
+    def policy_is_at(self, policy_step: int) -> None:
+        """The policy has taken so many steps; before the first recording, and whenever the run was loaded again."""
+        if self.recordings or self.cursor.missed:
+            self.cursor.rewind(policy_step)
+        else:
+            self.cursor.begin_at(policy_step)
 
     def learn(self, samples: Sequence[RecordedSample], step: int) -> Iterator[None]:
         """Train on the recording of a step, one optimizer step at each `next`."""
@@ -126,7 +131,7 @@ class DraftTraining:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
-    def _resume(self, policy_step: int) -> None:
+    def _resume(self) -> None:
         if (found := checkpoint.load(self._folder)) is None:
             return
         record, state = found
@@ -142,7 +147,6 @@ class DraftTraining:
             raise checkpoint.UnusableDraftCheckpointError(path, str(error)) from error
         self.version, self.recordings, self.metrics = record.version, record.recordings, record.metrics
         self.cursor = RecordingCursor(record.recorded_step, record.missed_recordings)
-        self.cursor.rewind(policy_step)
         logger.info("the draft model goes on from version %d, after step %d", self.version, self.cursor.last)
 
     def _save(self) -> None:

@@ -22,7 +22,9 @@ def learner_of(config: JobConfig) -> DraftLearner:
 
 
 def training_of(config: JobConfig, policy_step: int = 0) -> DraftTraining:
-    return DraftTraining(config, pathlib.Path(config.services.run_dir), learner_of(config), CPU, policy_step)
+    training = DraftTraining(config, pathlib.Path(config.services.run_dir), learner_of(config), CPU)
+    training.policy_is_at(policy_step)
+    return training
 
 
 def learn(training: DraftTraining, step: int) -> None:
