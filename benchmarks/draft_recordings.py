@@ -53,7 +53,7 @@ def load(model: pathlib.Path, args: argparse.Namespace, recordings: pathlib.Path
     """A backend that records into a folder, or does not."""
     flags: dict[str, Any] = {}
     if recordings is not None:
-        flags = {"enable_draft_training": True, "sglang_speculative_algorithm": "EAGLE3"}
+        flags = {"enable_draft_training": True, "sglang_speculative_algorithm": "EAGLE3", "rollout_backend": "torch"}
         flags |= {"draft_recordings_dir": str(recordings), "draft_tokens_per_step": args.recorded}
         flags |= {"draft_batch_tokens": min(8192, args.recorded)}
     config = JobConfig.from_flat(

@@ -48,6 +48,8 @@ class Pool:
             options["speculation"] = speculation_of(flags)
         self._engine: Any = create_engine(args.engine, **options)
         self._args = args
+        self.sizes: list[int] = args.pools
+        """Of its pools."""
         self._name = name
         self._numbers = itertools.count()
         self._versions = itertools.count(1)

@@ -73,7 +73,7 @@ def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[
         flags += ["--enable-draft-training", "--draft-learning-rate", str(args.draft_lr)]
         flags += ["--draft-tokens-per-step", str(args.draft_tokens)]
     if args.device == "cuda":
-        flags += ["--actor-num-gpus-per-node", "1", *SHARED, "--max-tokens-per-gpu", "32768"]
+        flags += ["--actor-num-gpus-per-node", "1", *SHARED, "--max-tokens-per-gpu", "8192"]
         flags += ["--train-dtype", "bfloat16", "--rollout-dtype", "bfloat16"]
         requests = args.prompts * args.samples
         server = {**SERVER_FLAGS, "cuda_graph_bs_decode": sorted({requests // 4, requests // 2, requests})}
@@ -159,19 +159,25 @@ def report_runs(args: argparse.Namespace, results: Mapping[str, Mapping[str, Any
 async def serve(args: argparse.Namespace, plain: Pool, drafting: Pool) -> list[Reading]:
     """Tokens per second of both servers from pools of all sizes."""
     online = args.runs.absolute() / "online"
-    last = max((online / "hf").iterdir(), key=lambda folder: int(folder.name))
-    begin, end = policy_weights(args.policy, args.dtype), policy_weights(last, args.dtype)
-    first, trained = draft_weights(args.draft, args.dtype), draft_weights(trained_dir(online), args.dtype)
-    readings: list[Reading] = []
-    for policy, weights, drafts in (
-        ("begin", begin, {"frozen": first}),
-        ("end", end, {"frozen": first, "online": trained}),
-    ):
-        await asyncio.gather(plain.load(weights), drafting.load(weights))
-        readings += [await plain.measure(policy, "none", size) for size in args.pools]
-        for name, draft in drafts.items():
-            print(f"draft {name}: {json.dumps(await drafting.load_draft(draft))}", flush=True)
-            readings += [await drafting.measure(policy, name, size) for size in args.pools]
+    first = draft_weights(args.draft, args.dtype)
+    readings = await at_policy("begin", policy_weights(args.policy, args.dtype), {"frozen": first}, plain, drafting)
+    exports = sorted((online / "hf").glob("*"), key=lambda folder: int(folder.name))
+    if not exports:
+        print(f"{online} has no policy of the run's end: see its output.log", flush=True)
+        return readings
+    drafts = {"frozen": first, "online": draft_weights(trained_dir(online), args.dtype)}
+    return readings + await at_policy("end", policy_weights(exports[-1], args.dtype), drafts, plain, drafting)
+
+
+async def at_policy(
+    policy: str, weights: Mapping[str, Any], drafts: Mapping[str, Mapping[str, Any]], plain: Pool, drafting: Pool
+) -> list[Reading]:
+    """Tokens per second with one policy: without a draft, and with each of these."""
+    await asyncio.gather(plain.load(weights), drafting.load(weights))
+    readings = [await plain.measure(policy, "none", size) for size in plain.sizes]
+    for name, draft in drafts.items():
+        print(f"draft {name}: {json.dumps(await drafting.load_draft(draft))}", flush=True)
+        readings += [await drafting.measure(policy, name, size) for size in drafting.sizes]
     return readings
 
 

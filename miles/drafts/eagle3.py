@@ -76,24 +76,27 @@ class HeadLayer(nn.Module):
 
 
 class Eagle3Head(nn.Module):
-    """The head without the embeddings, which are the policy's own.
+    """The head without the embeddings, which are the policy's own. Its parameters are on the meta device at first.
 
     Args:
         config: config.json of its folder.
+        dtype: Type of its parameters; positions are rotated by angles in float32.
 
     Raises ValueError for heads of another form.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         super().__init__()
         self.config = head_config(config)
         size = int(self.config.hidden_size)
-        self.fc = nn.Linear(features(config) * size, size, bias=False)
-        self.layers = nn.ModuleList(HeadLayer(self.config, i) for i in range(self.config.num_hidden_layers))
-        self.norm = norm(self.config)
-        self.lm_head = nn.Linear(size, int(self.config.draft_vocab_size), bias=False)
+        with torch.device("meta"):  # what nn.Linear draws takes long for a vocabulary, and is written over
+            self.fc = nn.Linear(features(config) * size, size, bias=False)
+            self.layers = nn.ModuleList(HeadLayer(self.config, i) for i in range(self.config.num_hidden_layers))
+            self.norm = norm(self.config)
+            self.lm_head = nn.Linear(size, int(self.config.draft_vocab_size), bias=False)
+        self.to(dtype)
         self.rotary = LlamaRotaryEmbedding(self.config)
 
     def forward(
@@ -103,7 +106,7 @@ class Eagle3Head(nn.Module):
 
         `hidden_ND`: fc's output, or what this returned for the rows before. `positions_N`: t of each row, int64.
         """
-        cos, sin = self.rotary(hidden_ND, positions_N[None])
+        cos, sin = self.rotary(positions_N.float(), positions_N[None])
         for layer in self.layers:
             hidden_ND = layer(hidden_ND, embeds_ND, (cos[0, :, None], sin[0, :, None]), attend)
         return hidden_ND
@@ -120,7 +123,7 @@ def norm(config: Any) -> nn.RMSNorm:
 
 
 def rotate(input_NHC: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding with halves (GPT-NeoX style), [N, H, C]; cosine and sine are [N, 1, C]."""
+    """Rotary position embedding with halves (GPT-NeoX style), [N, H, C]; cosine and sine are float32 [N, 1, C]."""
     cos, sin = rotation
     first, second = input_NHC.chunk(2, dim=-1)
-    return input_NHC * cos + torch.cat([-second, first], dim=-1) * sin
+    return (input_NHC * cos + torch.cat([-second, first], dim=-1) * sin).to(input_NHC.dtype)

@@ -81,20 +81,19 @@ def load_head(
 
     Raises ValueError for a head of another form, and for weights that are missing or of another shape.
     """
-    head = Eagle3Head(config)
+    head = Eagle3Head(config, dtype)
     names = {module_name(name): name for name in stored}
     faults = []
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            found = stored[names[name]] if name in names else None
-            if found is None or found.shape != parameter.shape:
-                has = "missing" if found is None else f"of shape {tuple(found.shape)}"
-                faults.append(f"{name} is {has}, the configuration's has shape {tuple(parameter.shape)}")
-            else:
-                parameter.copy_(found)
+    for name, parameter in head.named_parameters():
+        found = stored[names[name]] if name in names else None
+        if found is None or found.shape != parameter.shape:
+            has = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            faults.append(f"{name} is {has}, the configuration's has shape {tuple(parameter.shape)}")
     if faults:
         raise ValueError(f"weights of the EAGLE-3 head do not fit: {'; '.join(faults)}")
-    return head.to(dtype), {name: names[name] for name, _ in head.named_parameters()}
+    used = {name: names[name] for name, _ in head.named_parameters()}
+    head.load_state_dict({name: stored[given].to(dtype) for name, given in used.items()}, assign=True)
+    return head, used
 
 
 def computing_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -104,10 +104,12 @@ def _initialised(
 ) -> Eagle3Head:
     """A head that lets the last of the hidden states pass to the policy's own head, and adds little to it."""
     generator = torch.Generator().manual_seed(seed)
-    head = Eagle3Head(config)
+    head = Eagle3Head(config).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in head.named_parameters():
-            if "norm" not in name:
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name != "lm_head.weight":
                 torch.nn.init.normal_(parameter, std=_STD, generator=generator)
         size = head.config.hidden_size
         head.fc.weight[:, -size:] += torch.eye(size)

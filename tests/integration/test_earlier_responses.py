@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -15,23 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 from rollout_kit import Rollout, Run, checkpoint, job_config, lease, reward_service, rollout_service
+from torch_engine_models import save_checkpoint
 
+from miles.drafts.new_head import write_new_head
 from miles.queue import GroupQueue, JobKeys, connect_async
 from miles.rpc import connect
 from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc
 from miles.tasks import cancelled_at_end
 from miles.types import Sample
 
-NGRAM: dict[str, Any] = {
+DRAFTS: dict[str, Any] = {
     "rollout_backend": "torch",
-    "sglang_speculative_algorithm": "NGRAM",
     "sglang_speculative_num_steps": 4,
     "sglang_speculative_adaptive": False,
 }
-KINDS = {"ngram": NGRAM}
-LEAST = {"ngram": 2.0}
-"""Tokens per verification."""
-TOKENS = 300
+NGRAM: dict[str, Any] = {**DRAFTS, "sglang_speculative_algorithm": "NGRAM"}
+LEAST = {"NGRAM": 2.0, "STANDALONE": 1.2, "EAGLE3": 1.0}
+"""Tokens per verification: a draft model that is a copy of the policy drafts well, a head from nothing does not."""
+TOKENS = 160
 GROUPS = 3
 EPOCH = 100
 """Between the group ids of a prompt in one epoch and in the next."""
@@ -108,6 +110,7 @@ def assert_same(found: list[Sample], expected: list[Sample]) -> None:
         np.testing.assert_allclose(sample.rollout_log_probs, other.rollout_log_probs, atol=1e-4)
 
 
+@pytest.mark.slow
 async def test_a_service_that_takes_over_from_a_killed_one_drafts_from_its_responses_and_changes_none(
     redis_url: str, job_id: str, tmp_path: pathlib.Path
 ) -> None:
@@ -134,24 +137,40 @@ async def test_a_service_that_takes_over_from_a_killed_one_drafts_from_its_respo
     assert accept_length(second) > 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def drafts_of(kind: str, policy: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+    """Settings of a kind of drafts, with a draft model in `folder`."""
+    if kind == "NGRAM":
+        return NGRAM
+    if kind == "STANDALONE":
+        shutil.copytree(policy, folder)
+    else:
+        write_new_head(policy, folder)
+    return {**DRAFTS, "sglang_speculative_algorithm": kind, "sglang_speculative_draft_model_path": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "kind", ["NGRAM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("STANDALONE", "EAGLE3"))]
+)
 async def test_preempted_and_paused_responses_go_on_as_if_undisturbed(
     kind: str, redis_url: str, job_id: str, tmp_path: pathlib.Path
 ) -> None:
     plain, drafted = f"{job_id}-plain", f"{job_id}-drafted"
-    checkpoint(tmp_path)
+    policy = tmp_path / "policy"
+    save_checkpoint(policy, "llama", num_hidden_layers=4, layer_types=None)
+    drafts = drafts_of(kind, policy, tmp_path / "draft")
     async with reward_service() as rewards, rollout_service(redis_url) as rollout:
-        await rollout.start_job(plain, job_config(tmp_path), rewards)
+        await rollout.start_job(plain, job_config(policy), rewards)
         await run_epoch(rollout, plain, 0)
-        await rollout.start_job(drafted, job_config(tmp_path, **KINDS[kind]), rewards)
+        await rollout.start_job(drafted, job_config(policy, **drafts), rewards)
         await run_epoch(rollout, drafted, 0)
-        await until_kept(redis_url, drafted, GROUPS)
+        if kind == "NGRAM":
+            await until_kept(redis_url, drafted, GROUPS)
         groups = Disturbed(rollout, drafted, epoch=1)
         await groups.run_all()
     assert groups.saved_tokens > 0
     found = await responses(redis_url, drafted, 1)
     assert_same(found, await responses(redis_url, plain, 0))
-    assert accept_length(found) > LEAST[kind]
+    assert accept_length(found) >= LEAST[kind]
 
 
 class Disturbed:

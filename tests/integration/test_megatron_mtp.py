@@ -55,7 +55,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def more_results(results: pathlib.Path) -> pathlib.Path:
     """The same folder with what slow tests look at besides."""
     write_model(FAMILY, results / "two", num_nextn_predict_layers=2)
-    write_model(FAMILY, results / "tied", tie_word_embeddings=True)
+    write_model("MiMo", results / "tied", tie_word_embeddings=True)
     for name, family in FAMILIES.items():
         write_model(family, results / f"{name}-model", num_nextn_predict_layers=1)
     two = {**LEARNS, "mtp_num_layers": 2}

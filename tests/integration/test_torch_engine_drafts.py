@@ -39,6 +39,7 @@ def requests() -> list[GenerationRequest]:
         request_of("few", prompt_of(70, 3), seed=3, top_k=5, max_new_tokens=70),
         request_of("greedy", prompt_of(9, 4), temperature=0.0, top=2, routed=True, max_new_tokens=80),
         request_of("long", [7], seed=5, min_new_tokens=40, routed=True),
+        request_of("across", prompt_of(180, 8), seed=8, min_new_tokens=30, max_new_tokens=30),
         request_of("stops", prompt_of(12, 6), seed=6, stop_token_ids=tuple(range(0, 320, 9)), min_new_tokens=7),
         request_of("text", prompt_of(12, 7), seed=7, stop=("e", "q"), min_new_tokens=3, max_new_tokens=200),
         *(request_of(f"group{i}", group, seed=20 + i, routed=True, max_new_tokens=10 + 9 * i) for i in range(4)),

@@ -82,9 +82,9 @@ def learner_of(model: Trainable, *, batch_tokens: int = 768, passes: int = 1) ->
     return DraftLearner(model, LearnerOptions(1e-2, batch_tokens, passes, torch.float32))
 
 
-def lessons_of(policy: Any, layers: Sequence[int]) -> list[RecordedSample]:
+def lessons_of(policy: Any, layers: Sequence[int], seed: int = 0) -> list[RecordedSample]:
     """Enough responses to learn the policy from."""
-    return record(policy, samples=128, prompt=8, response=40, layers=layers, seed=0)
+    return record(policy, samples=128, prompt=8, response=40, layers=layers, seed=seed)
 
 
 def teach(learner: DraftLearner, lessons: Sequence[RecordedSample], rounds: int) -> list[Mapping[str, float]]:

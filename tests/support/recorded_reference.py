@@ -16,6 +16,7 @@ from miles.types import Sample, SampleGroup
 TEMPERATURE = {"rollout_temperature": 0.8}
 FLAGS: dict[str, Any] = {
     "enable_draft_training": True,
+    "rollout_backend": "torch",
     "sglang_speculative_algorithm": "EAGLE3",
     "draft_top_tokens": 5,
     "draft_batch_tokens": 2,

@@ -29,10 +29,14 @@ def config_of(layers: int = 1, **changes: Any) -> dict[str, Any]:
 
 def random_head(layers: int) -> Eagle3Head:
     torch.manual_seed(0)
-    head = Eagle3Head(config_of(layers)).double()
-    with torch.no_grad():
-        for name, weight in head.named_parameters():
-            weight.add_(torch.randn_like(weight) * 0.3) if "norm" in name else weight.normal_(std=0.4)
+    head = Eagle3Head(config_of(layers), torch.float64)
+    weights = {
+        name: 1 + torch.randn(weight.shape).double() * 0.3
+        if "norm" in name
+        else torch.randn(weight.shape).double() * 0.4
+        for name, weight in head.named_parameters()
+    }
+    head.load_state_dict(weights, assign=True)
     return head
 
 
@@ -143,6 +147,11 @@ def test_a_packed_unrolled_pass_is_what_serving_computes_row_by_row(layers):
                 torch.testing.assert_close(logits[step][first + t], found, rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(streams[step][first + t], state, rtol=1e-4, atol=1e-4)
         first += rows
+
+
+def test_angles_are_in_float32_whatever_the_weights_are_in():
+    head = Eagle3Head(config_of(), torch.bfloat16)
+    assert (head.fc.weight.dtype, head.rotary.inv_freq.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.weights.naming.conversion import Named
-from miles.weights.naming.model_tensors import ModelTensors
+from miles.weights.naming.model_tensors import ModelTensors, shared_by_mtp
 
 
 class Exporter:
@@ -46,6 +46,8 @@ class Exporter:
         )
         for given, tensor in weights:
             name, full = given.replace(".base_layer", ""), tensor.detach()  # of the weights beside an adapter
+            if shared_by_mtp(name) is not None:
+                continue  # some bridges export the model's own again as an MTP layer's
             if name in self._by_token:
                 full = full[: self._model.vocabulary]  # without the padding that makes it divide over ranks
             yield name, full.to(self._tensors.exported_dtype(name, full.dtype, self._dtype))

@@ -77,7 +77,8 @@ class Eagle3Proposer:
         shape = model_shape(policy.config)
         config, stored = read_json_object(pathlib.Path(path) / "config.json"), read_tensors(pathlib.Path(path))
         self._policy = policy
-        self._head = Eagle3Head(config).to(policy.dtype).to(policy.device).requires_grad_(False).eval()
+        self._head = Eagle3Head(config, policy.dtype).requires_grad_(False).eval()
+        self._head.rotary.to(policy.device)
         self.layers: Sequence[int] = aux_layers(path, shape.layers)
         """Decoder layers, from 0, whose output it reads."""
         if self._head.fc.in_features != len(self.layers) * shape.hidden_size:

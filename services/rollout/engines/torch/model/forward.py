@@ -10,7 +10,7 @@ from miles.services.rollout.engines.torch.generation.scheduler import Chunk, Pla
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
 from miles.services.rollout.engines.torch.model.attention import STEP_ARGUMENT, AttentionStep, DecodeRows, PrefillRows
 from miles.services.rollout.engines.torch.model.invariance import Padding
-from miles.services.rollout.engines.torch.model.kv_cache import LENGTH_MULTIPLE, KVCache, round_up
+from miles.services.rollout.engines.torch.model.kv_cache import KVCache, attention_length
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Forward:
     def _decode_rows(self, decode: list[Sequence]) -> DecodeRows:
         slots = decode[-1].slot + 1
         queries = 1 + max(len(sequence.drafts) for sequence in decode)
-        length = round_up(max(len(sequence.tokens) + len(sequence.drafts) for sequence in decode), LENGTH_MULTIPLE)
+        length = attention_length(max(len(sequence.tokens) + len(sequence.drafts) for sequence in decode))
         seen_SQ, packed_SQ = [[1] * queries] * slots, [[0] * queries] * slots
         places: list[int] = []
         first = 0
@@ -135,7 +135,7 @@ class Forward:
 
     def _prefill_rows(self, prefill: list[Chunk], first: int) -> PrefillRows:
         queries = max(max(chunk.end - chunk.start for chunk in prefill), self._padding.queries)
-        length = round_up(max(chunk.end for chunk in prefill), LENGTH_MULTIPLE)
+        length = attention_length(max(chunk.end for chunk in prefill))
         lengths_C = self._tensor([chunk.end - chunk.start for chunk in prefill])
         starts_C = self._tensor([chunk.start for chunk in prefill])
         ends_C = lengths_C.cumsum(0)

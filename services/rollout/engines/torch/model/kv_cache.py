@@ -7,12 +7,23 @@ from collections.abc import Sequence
 import torch
 
 LENGTH_MULTIPLE = 64
-"""Attention always spans a multiple of this many positions, so that its sums are grouped the same way at any length."""
+_WHOLE_SUM, _SPLIT_SUMS = 192, 384
+"""MKL adds up to 192 terms in one go, and 384 or more in such goes; sums of lengths between them it cuts in halves."""
 
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def attention_length(positions: int) -> int:
+    """The positions that attention spans to see so many.
+
+    Its sums are then grouped the same way whatever it spans beyond those that it sees, whose terms are all zeros.
+    """
+    if _WHOLE_SUM < positions < _SPLIT_SUMS:
+        return _SPLIT_SUMS
+    return round_up(positions, LENGTH_MULTIPLE)
 
 
 class KVCache:
@@ -36,7 +47,7 @@ class KVCache:
     ) -> None:
         """`value_dim`: elements of a head's values; None: as many as its keys have."""
         self._max_slots = max_slots
-        self._max_length = round_up(max_length, LENGTH_MULTIPLE)
+        self._max_length = attention_length(max_length)
         self.keys_LSHDT = torch.zeros(layers, 0, kv_heads, head_dim, 0, dtype=dtype, device=device)
         self.values_LSHTD = torch.zeros(layers, 0, kv_heads, 0, value_dim or head_dim, dtype=dtype, device=device)
 
@@ -63,7 +74,7 @@ class KVCache:
         if slots <= self.slots and length <= self.length:
             return
         new_slots = self.slots if slots <= self.slots else min(self._max_slots, max(slots, 2 * self.slots))
-        wanted = max(round_up(length, LENGTH_MULTIPLE), 2 * self.length)
+        wanted = max(attention_length(length), attention_length(2 * self.length))
         new_length = self.length if length <= self.length else min(self._max_length, wanted)
         self._grow(new_slots, new_length)
 

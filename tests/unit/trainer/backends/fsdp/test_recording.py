@@ -113,7 +113,8 @@ def test_a_model_with_experts_whose_routing_is_replayed(tmp_path: pathlib.Path) 
 
 def test_a_draft_that_reads_tokens_alone_gets_no_hidden_states(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     groups = random_groups(1)
-    train(loaded(dense, tmp_path / "recordings", sglang_speculative_algorithm="STANDALONE"), groups)
+    standalone = {"sglang_speculative_algorithm": "STANDALONE", "sglang_speculative_draft_model_path": str(dense)}
+    train(loaded(dense, tmp_path / "recordings", **standalone), groups)
     assert_as_the_stock_model(dense, read(tmp_path / "recordings", 0), samples_of(groups), ())
 
 

@@ -29,8 +29,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Any]
 @pytest.fixture(scope="module", params=[DraftKind.EAGLE3, DraftKind.STANDALONE])
 def draft(
     request: pytest.FixtureRequest, policy: tuple[pathlib.Path, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Speculation, dict[str, torch.Tensor]]:
-    """How to draft with an untrained model of each kind, and the weights of the same one trained."""
+) -> tuple[Speculation, dict[str, torch.Tensor], float]:
+    """How to draft with an untrained model of each kind, the weights of the same one trained, and the tokens of a
+    verification that its learner predicts of responses that it has not seen."""
     folder = tmp_path_factory.mktemp("draft") / "model"
     if request.param is DraftKind.EAGLE3:
         write_new_head(policy[0], folder, draft_vocab=TOKENS + 1)
@@ -41,7 +42,10 @@ def draft(
         save_standalone(folder)
         learner = learner_of(TrainableLanguageModel(folder, 320, loss="kl", steps=STEPS, device=CPU))
         teach(learner, lessons_of(policy[1], ()), 4)
-    return Speculation(request.param, str(folder), num_steps=STEPS, adaptive=False), dict(learner.export())
+    speculation = Speculation(request.param, str(folder), num_steps=STEPS, adaptive=False)
+    trained = {name: each.clone() for name, each in learner.export()}
+    unseen = lessons_of(policy[1], (EMBEDDING, 0, 1, 2), seed=1)
+    return speculation, trained, next(learner.learn(unseen))["accept_length"]
 
 
 def generate(
@@ -54,7 +58,7 @@ def generate(
         target = driver.generator.drafting.proposer.weights  # type: ignore[union-attr]
         assert target is not None
         target.load(3, target.check(weights))
-    prompts = [[5], list(range(40)) * 2, [9, 8, 7], list(range(2, 20))]
+    prompts = [[5], list(range(64)) * 5, [9, 8, 7], list(range(2, 20))]
     requests = [
         request_of(f"{i}-{j}", prompt, seed=10 * i + j, max_new_tokens=20 + 11 * j)
         for i, prompt in enumerate(prompts)
@@ -70,13 +74,14 @@ def without(policy: tuple[pathlib.Path, Any]) -> dict[str, Any]:
 
 
 def test_responses_are_the_same_with_drafts_and_most_of_them_are_accepted(policy, draft, without):
-    speculation, trained = draft
+    speculation, trained, predicted = draft
     responses, generator = generate(policy, speculation, trained)
 
     assert {name: each.alike() for name, each in responses.items()} == without
     counts = generator.drafting.state.counts[-1]
     assert counts.draft_version == 3
     assert 1 + counts.accepted_draft_tokens / counts.verify_count > 2.5  # of 4 at most
+    assert 1 + counts.accepted_draft_tokens / counts.verify_count == pytest.approx(predicted, rel=0.2)
 
 
 def test_drafts_of_an_untrained_model_are_wrong_and_responses_are_the_same(policy, draft, without):
@@ -89,7 +94,7 @@ def test_drafts_of_an_untrained_model_are_wrong_and_responses_are_the_same(polic
 
 
 def test_drafts_go_on_after_requests_lost_their_cache(policy, draft):
-    speculation, trained = draft
+    speculation, trained, _ = draft
     driver = Driver(policy[0], weights_of(policy[1]), speculation=speculation)
     target = driver.generator.drafting.proposer.weights  # type: ignore[union-attr]
     assert target is not None
@@ -111,7 +116,7 @@ def test_drafts_go_on_after_requests_lost_their_cache(policy, draft):
 
 
 def test_weights_that_do_not_fit_are_refused_and_those_served_stay(policy, draft):
-    speculation, trained = draft
+    speculation, trained, _ = draft
     driver = Driver(policy[0], weights_of(policy[1]), speculation=speculation)
     target = driver.generator.drafting.proposer.weights  # type: ignore[union-attr]
     assert target is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miles.services.rollout.engines.torch.model.kv_cache import KVCache
+from miles.services.rollout.engines.torch.model.kv_cache import KVCache, attention_length
 
 
 def make(max_slots: int = 8, max_length: int = 300) -> KVCache:
@@ -40,12 +40,23 @@ def test_room_grows_in_steps_of_64_positions_and_keeps_what_was_written() -> Non
     cache.reserve(3, 65)
     assert (cache.slots, cache.length) == (3, 128)
     cache.reserve(2, 200)
-    assert (cache.slots, cache.length) == (3, 256)
+    assert (cache.slots, cache.length) == (3, 384)
     cache.reserve(8, 300)
-    assert (cache.slots, cache.length) == (8, 320)
+    assert (cache.slots, cache.length) == (8, 384)
     assert torch.equal(cache.keys_LSHDT[1, 0, :, :, [5, 63]].permute(2, 0, 1), keys)
     assert torch.equal(cache.values_LSHTD[1, 0, :, [5, 63]].transpose(0, 1), values)
     assert cache.keys_LSHDT.count_nonzero() == keys.numel()
+
+
+def test_sums_over_values_do_not_depend_on_what_is_spanned_beyond_them() -> None:
+    weights_RT, values_TD = torch.rand(16, 1024), torch.randn(1024, 16)
+    for seen in (60, 64, 65, 190, 200, 256, 300, 384, 385, 500, 640):
+        weights_RT[:, seen:] = 0
+        lengths = {attention_length(positions) for positions in range(seen, 1024, 7)}
+        assert min(lengths) >= seen
+        sums = [weights_RT[:, :length] @ values_TD[:length] for length in lengths]
+        assert all(torch.equal(each, sums[0]) for each in sums)
+        weights_RT = torch.rand(16, 1024)
 
 
 def test_copies_take_the_first_positions_of_a_slot() -> None:
