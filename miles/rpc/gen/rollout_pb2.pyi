@@ -702,7 +702,7 @@ class SpeculationProgress(_message.Message):
     """Prompts for which there were none, a count likewise; both are 0 unless earlier responses are kept."""
     @_builtins.property
     def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpeculationCounts]:
-        """Since the engine started, by pair of versions; of the newest pairs alone, oldest first."""
+        """Since the engine started, by pair of versions; of the pairs counted for last alone, the last one last."""
 
     def __init__(
         self,

@@ -129,7 +129,7 @@ class SpeculationState:
     num_steps: int
     reason: str = ""
     counts: tuple[SpeculationCounts, ...] = ()
-    """Since the engine started, of the newest pairs of versions, oldest first."""
+    """Since the engine started, of the pairs of versions counted for last, the last one last."""
     speedup: float = 0.0
 
 

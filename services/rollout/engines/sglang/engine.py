@@ -267,7 +267,7 @@ class SglangEngine:
 
     def _count_drafts(self, version: int, new: SpeculativeStats) -> None:
         draft = None if self._draft is None else self._draft.version
-        self._drafting.acceptance.add(version, draft, new)
+        self._drafting.counts.add(version, draft, new)
 
     def _wake(self) -> None:
         """Give released memory back to the servers: a request waits for it."""

@@ -25,7 +25,7 @@ from miles.services.rollout.engines.sglang.requests.payload import STREAM_INTERV
 from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder, speculative_counters
 from miles.services.rollout.engines.sglang.requests.server_choice import Router
 from miles.services.rollout.engines.sglang.server.replica import Replica
-from miles.services.rollout.engines.sglang.speculative.acceptance import RequestCounters
+from miles.services.rollout.engines.sglang.speculative.request_counters import RequestCounters
 from miles.types import SpeculativeStats
 from miles.types.experts import read_expert_layout
 

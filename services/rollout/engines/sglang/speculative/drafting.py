@@ -16,7 +16,6 @@ from miles.services.rollout.engines.base import EngineFailed, GenerationRequest,
 from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.replica import Replica
-from miles.services.rollout.engines.sglang.speculative.acceptance import Acceptance
 from miles.services.rollout.engines.sglang.speculative.adaptive import adaptive_config
 from miles.services.rollout.engines.sglang.speculative.corpora import ResponseCorpora
 from miles.services.rollout.engines.sglang.speculative.drafting_flags import (
@@ -25,6 +24,7 @@ from miles.services.rollout.engines.sglang.speculative.drafting_flags import (
     drafting_flags,
 )
 from miles.services.rollout.engines.sglang.speculative.reason import why_fewer
+from miles.services.rollout.engines.version_counts import VersionCounts
 
 GREEDY_ON_CPU = (
     "on a CPU SGLang verifies drafts greedily, whatever the temperature: leave out speculative_algorithm, or set "
@@ -43,7 +43,7 @@ class Drafting:
         self._flags: Mapping[str, Any] = options.server_flags
         self.drafts: Speculation = speculation_of(self._flags)
         """What servers draft with; for attached ones what they say, once that is known."""
-        self.acceptance = Acceptance()
+        self.counts = VersionCounts()
         self._corpora: ResponseCorpora | None = None
         """Earlier responses in the servers; None unless they draft from some."""
         self._files = contextlib.ExitStack()
@@ -116,7 +116,7 @@ class Drafting:
             return None
         bound = self._bound
         now = max(self._steps.values(), default=bound)
-        counts = self.acceptance.counts
+        counts = self.counts.counts
         reason = why_fewer(self.drafts, bound, list(self._steps.values()), counts)
         return SpeculationState(draft_version, now, reason, counts)
 

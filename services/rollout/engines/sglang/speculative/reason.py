@@ -21,7 +21,7 @@ def why_fewer(drafts: Speculation, bound: int, steps: Sequence[int], counts: Seq
         drafts: What servers draft with.
         bound: Most steps.
         steps: What each server that answered drafts now.
-        counts: Of the pairs of versions, oldest first.
+        counts: Of the pairs of versions, that of now last.
     """
     off = sum(step == 0 for step in steps)
     if off:

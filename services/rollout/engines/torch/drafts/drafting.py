@@ -8,18 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from miles.config.speculation import Speculation
-from miles.services.rollout.engines.base import SpeculationCounts, SpeculationState
+from miles.services.rollout.engines.base import SpeculationState
 from miles.services.rollout.engines.torch.drafts.automatic import Automatic, Measured
 from miles.services.rollout.engines.torch.drafts.proposer import Computed, Proposer
 from miles.services.rollout.engines.torch.generation.scheduler import Copy, Plan
 from miles.services.rollout.engines.torch.generation.sequence import Sequence as Request
 from miles.services.rollout.engines.torch.generation.verification import Drawn
+from miles.services.rollout.engines.version_counts import VersionCounts
 from miles.types import SpeculativeStats
-
-_PAIRS_KEPT = 16
-"""Newest pairs of versions that are counted apart."""
-
-Versions = tuple[int, int | None]
 
 
 class Drafting:
@@ -35,7 +31,7 @@ class Drafting:
         self._steps = 0
         """Most drafts of a request in the present step."""
         self._served = self.draft_version
-        self._counts: dict[Versions, SpeculationCounts] = {}
+        self._counts = VersionCounts()
 
     @property
     def draft_version(self) -> int | None:
@@ -45,7 +41,7 @@ class Drafting:
     @property
     def state(self) -> SpeculationState:
         """As of now, for any thread."""
-        counts = tuple(self._counts.copy().values())
+        counts = self._counts.counts
         automatic = self._automatic
         if automatic is None:
             return SpeculationState(self.draft_version, self._num_steps, counts=counts)
@@ -112,7 +108,8 @@ class Drafting:
             stats = SpeculativeStats(
                 stats.accepted_draft_tokens + accepted, stats.proposed_draft_tokens + proposed, stats.verify_count + 1
             )
-            self._add(policy_version, proposed, accepted)
+            new = SpeculativeStats(accepted, proposed, 1)
+            self._counts.add(policy_version, self.draft_version, new)
         request.speculative = stats
 
     def forget(self, requests: Iterable[Request]) -> None:
@@ -122,18 +119,6 @@ class Drafting:
 
     def _is_token(self, draft: int) -> bool:
         return 0 <= draft < self._vocabulary
-
-    def _add(self, policy_version: int, proposed: int, accepted: int) -> None:
-        versions = (policy_version, self.draft_version)
-        before = self._counts.get(versions) or SpeculationCounts(*versions)
-        self._counts[versions] = SpeculationCounts(
-            *versions,
-            before.verify_count + 1,
-            before.proposed_draft_tokens + proposed,
-            before.accepted_draft_tokens + accepted,
-        )
-        if len(self._counts) > _PAIRS_KEPT:
-            del self._counts[next(iter(self._counts))]
 
     def _note_shared(self, copies: Sequence[Copy]) -> None:
         for copy in copies:

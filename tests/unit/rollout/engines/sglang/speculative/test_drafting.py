@@ -70,7 +70,7 @@ def test_a_state_says_what_is_drafted_and_what_became_of_it(tmp_path: pathlib.Pa
     assert drafting(tmp_path, {}).state(None) is None
     assert drafting(tmp_path, NGRAM).state(None) == SpeculationState(None, 11)
     eagle = drafting(tmp_path, EAGLE)
-    eagle.acceptance.add(4, 2, SpeculativeStats(1, 5, 1))
+    eagle.counts.add(4, 2, SpeculativeStats(1, 5, 1))
     state = eagle.state(2)
     assert state is not None
     assert (state.draft_version, state.num_steps, state.reason, state.speedup) == (2, 5, "", 0.0)
