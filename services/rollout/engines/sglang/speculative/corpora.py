@@ -52,9 +52,9 @@ class ResponseCorpora:
         self._kept = ResponsesKept(max_tokens)
         self._wanted = asyncio.Event()
         self._number = 0
-        self._held: dict[int, tuple[SglangApi, str]] = {}
-        """By server, the connection by which it got its corpus, and the corpus' id. A server that was restarted has
-        another connection, and no corpus."""
+        self._held: dict[int, tuple[SglangApi, list[str]]] = {}
+        """By server, the connection by which it got corpora, and the ids of those that it may have. A server that was
+        restarted has another connection, and no corpus."""
         self._tokenizer: Any = None
         self._task: asyncio.Task[None] | None = None
 
@@ -89,6 +89,9 @@ class ResponseCorpora:
             except DataError as error:
                 log.warning("earlier responses are no drafts: %s", error)
                 return
+            except Exception:  # whatever it is, the next responses may do without it
+                log.exception("servers draft without the newest earlier responses")
+                busy_s = GATHER_S
             await asyncio.sleep(REST * busy_s)
 
     async def load(self) -> float:
@@ -100,26 +103,37 @@ class ResponseCorpora:
         self._number += 1
         corpus = f"{self._name}-{self._number}"
         began = time.monotonic()
-        await asyncio.gather(*(self._replace(replica, corpus, texts) for replica in self._replicas if replica.up))
+        loads = (self._replace(replica, corpus, texts) for replica in self._replicas if replica.up)
+        for failure in await asyncio.gather(*loads, return_exceptions=True):
+            if failure is not None:
+                raise failure
         return time.monotonic() - began
 
     async def _replace(self, replica: Replica, corpus: str, texts: Sequence[str]) -> None:
         api = replica.api
-        held_by, last = self._held.get(replica.index, (None, ""))
+        held_by, held = self._held.get(replica.index, (None, []))
+        if held_by is not api:
+            held = []
+            self._held[replica.index] = (api, held)
         try:
+            if len(held) > 1:  # a call of the last load failed: make room first
+                await self._remove(api, held)
+            earlier = held.copy()
+            held.append(corpus)  # even if the call fails here, it may succeed in the server
             await api.post("/add_external_corpus", {"corpus_id": corpus, "documents": texts}, self._timeout_s)
-            self._held[replica.index] = (api, corpus)
-            if held_by is api:
-                await api.post("/remove_external_corpus", {"corpus_id": last}, self._timeout_s)
         except (EngineFailed, ServerRefused) as error:
             log.warning("%s drafts without the newest earlier responses: %s", replica.name, error)
-            if held_by is api:
-                await self._remove(api, last)
+            return
+        with contextlib.suppress(EngineFailed):  # then the next load does it
+            await self._remove(api, earlier)
+            held[:] = [corpus]
 
-    async def _remove(self, api: SglangApi, corpus: str) -> None:
-        """Make room for the next one, whatever it was that did not go in."""
-        with contextlib.suppress(EngineFailed, ServerRefused):
-            await api.post("/remove_external_corpus", {"corpus_id": corpus}, self._timeout_s)
+    async def _remove(self, api: SglangApi, corpora: list[str]) -> None:
+        """Remove corpora, from the list too. SGLang must not be asked to while it builds one."""
+        while corpora:
+            with contextlib.suppress(ServerRefused):  # it has none of that id
+                await api.post("/remove_external_corpus", {"corpus_id": corpora[0]}, self._timeout_s)
+            del corpora[0]
 
     def _texts(self, documents: Sequence[Tokens]) -> list[str]:
         if self._tokenizer is None:

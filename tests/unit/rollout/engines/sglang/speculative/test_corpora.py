@@ -30,6 +30,8 @@ class Server:
     def __init__(self) -> None:
         self.held: dict[str, list[str]] = {}
         self.most = 100
+        self.answers = True
+        self.broken = False
         self.changed = asyncio.Event()
 
     async def add(self, request: web.Request) -> web.Response:
@@ -38,10 +40,17 @@ class Server:
             return web.json_response({"success": False, "message": "exceeds the remaining token budget"}, status=400)
         self.held[given["corpus_id"]] = given["documents"]
         self.changed.set()
+        if not self.answers:
+            assert request.transport is not None
+            request.transport.close()
+        if self.broken:
+            self.broken = False
+            return web.Response(text="{")
         return web.json_response({"success": True, "corpus_id": given["corpus_id"]})
 
     async def remove(self, request: web.Request) -> web.Response:
-        self.held.pop((await request.json())["corpus_id"], None)
+        if self.held.pop((await request.json())["corpus_id"], None) is None:
+            return web.json_response({"success": False, "message": "no such corpus"}, status=400)
         self.changed.set()
         return web.json_response({"success": True})
 
@@ -124,9 +133,50 @@ async def test_what_a_server_refuses_is_a_warning_and_makes_room_for_the_next(
     with caplog.at_level(logging.WARNING):
         await kept.load()
     assert "drafts without the newest earlier responses" in caplog.text
-    assert held.texts() == []
+    assert list(held.held) == ["rollout-0-1"]
     await kept.load()
-    assert held.texts() == [["1+1=2"]]
+    assert list(held.held) == ["rollout-0-3"]
+
+
+async def test_a_corpus_that_went_in_although_the_call_failed_is_removed(
+    tmp_path: pathlib.Path, replica: Replica, server: tuple[Server, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, (held, _) = made(tmp_path, replica), server
+    kept.offer(request("g0", "1+1=", "2"))
+    await kept.load()
+    held.answers = False
+    await kept.load()
+    assert list(held.held) == ["rollout-0-1", "rollout-0-2"]
+    held.answers, held.most = True, 2
+    caplog.clear()
+    for number in (3, 4):
+        await kept.load()
+        assert list(held.held) == [f"rollout-0-{number}"]
+    assert not caplog.text
+
+
+async def test_loads_go_on_after_an_answer_that_is_none(
+    tmp_path: pathlib.Path,
+    replica: Replica,
+    server: tuple[Server, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(corpora, "GATHER_S", 0.01)
+    kept, (held, _) = made(tmp_path, replica), server
+    held.broken = True
+    kept.start()
+    kept.offer(request("g0", "1+1=", "2"))
+    async with asyncio.timeout(DEADLINE_S):
+        while "rollout-0-1" not in held.held:
+            await held.changed.wait()
+            held.changed.clear()
+        kept.load_again()
+        while list(held.held) != ["rollout-0-2"]:
+            await held.changed.wait()
+            held.changed.clear()
+    assert "JSONDecodeError" in caplog.text
+    kept.close()
 
 
 async def test_a_server_that_was_restarted_gets_the_corpus_again(
