@@ -1,6 +1,7 @@
 """A small language model with the policy's tokens, to be trained as a draft.
 
-Dims: N tokens of all samples, R of them in responses, B samples of similar length, S tokens of the longest, V tokens.
+Dims: N tokens of all samples, R of them in responses, B samples of similar length, S tokens of the longest, V tokens,
+D elements of a hidden state.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from miles.drafts.packed_batch import Targets
 from miles.drafts.recording import RecordedSample
 from miles.drafts.trainable import PassResult
 from miles.drafts.unrolled_attention import PackedRows
+from miles.drafts.unrolling import CHUNK
 from miles.drafts.vocabulary import DraftVocabulary
 from miles.weights.hf_folder.model_config import read_model_config
 from miles.weights.naming.model_tensors import once
@@ -45,6 +47,7 @@ class TrainableLanguageModel:
             raise ValueError(f"{folder} has {config.vocab_size} tokens, and the policy {vocabulary}")
         load: Any = AutoModelForCausalLM.from_pretrained
         self._model: torch.nn.Module = load(folder, config=config, dtype=torch.float32).to(device)
+        self._head = _plain_head(self._model)
         self._tied = once(self._model.state_dict(keep_vars=True))
         stored = read_tensors(folder)
         if strange := sorted(set(self._tied) - set(stored)):
@@ -63,7 +66,10 @@ class TrainableLanguageModel:
         return sample.prompt_length > 0 and bool(sample.loss_mask_R.any())
 
     def learn_from(self, samples: Sequence[RecordedSample]) -> PassResult:
-        """Add the gradients of the mean loss over usable samples to the parameters'."""
+        """Add the gradients of the mean loss over usable samples to the parameters'.
+
+        Logits are computed and forgotten chunk by chunk, as `unrolling.learn_from` does.
+        """
         device = next(self._model.parameters()).device
         lengths = [len(sample.tokens_T) for sample in samples]
         tokens_N = torch.cat([sample.tokens_T for sample in samples]).to(device)
@@ -82,15 +88,19 @@ class TrainableLanguageModel:
             begin += index_BS.numel()
             rows = (learnt_N & (places_N >= 0) & (places_N < index_BS.numel())).nonzero()[:, 0]
             with computing_on(device):
-                logits_BSV = self._model(input_ids=tokens_N[index_BS], use_cache=False).logits
-                part = targets[target_N[rows]]
-                logits_NV = logits_BSV.flatten(0, 1)[places_N[rows]]
-                loss = self._loss(logits_NV, part, self._vocabulary).sum() / len(targets.sampled_N)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            drafts_N = logits_NV.detach().argmax(-1)
-            hits_N[rows] = drafts_N == part.sampled_N
-            agreed += (drafts_N == part.top_tokens_NK[:, 0]).sum()
+                hidden_ND = self._hidden(tokens_N[index_BS]).flatten(0, 1)[places_N[rows]]
+            leaf_ND = hidden_ND.detach().requires_grad_()
+            for chunk in torch.split(torch.arange(len(rows), device=device), CHUNK):
+                part = targets[target_N[rows[chunk]]]
+                with computing_on(device):
+                    logits_NV = leaf_ND[chunk] if self._head is None else self._head(leaf_ND[chunk])
+                    loss = self._loss(logits_NV, part, self._vocabulary).sum() / len(targets.sampled_N)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+                drafts_N = logits_NV.detach().argmax(-1)
+                hits_N[rows[chunk]] = drafts_N == part.sampled_N
+                agreed += (drafts_N == part.top_tokens_NK[:, 0]).sum()
+            hidden_ND.backward(leaf_ND.grad)  # type: ignore[no-untyped-call]
         chains, roots = self._chains(hits_N, learnt_N, lengths)
         return PassResult(float(total), len(targets.sampled_N), int(agreed), chains, roots)
 
@@ -104,6 +114,13 @@ class TrainableLanguageModel:
         tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in self._tied.items()}
         write_draft(folder, {**config, "dtype": str(dtype).removeprefix("torch.")}, tensors, self._folder)
 
+    def _hidden(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """What the head reads [B, S, D]; logits [B, S, V] of a model that does more with them."""
+        if self._head is None:
+            logits: torch.Tensor = self._model(input_ids=tokens_BS, use_cache=False).logits
+            return logits
+        return _hidden(self._model, tokens_BS)
+
     def _chains(self, hits_N: torch.Tensor, learnt_N: torch.Tensor, lengths: Sequence[int]) -> tuple[float, int]:
         """Tokens of the verifications that begin where `steps` learnt tokens follow, and how many do."""
         total, roots = torch.zeros((), device=hits_N.device), torch.zeros((), device=hits_N.device)
@@ -115,6 +132,22 @@ class TrainableLanguageModel:
                 total += chain_length(hits_T.unfold(0, self._steps, 1)[whole].T).sum()
                 roots += whole.sum()
         return float(total), int(roots)
+
+
+def _hidden(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _plain_head(model: Any) -> torch.nn.Module | None:
+    """The head, where logits are what it gives of the last hidden states; None for a model that scales or caps them."""
+    head: torch.nn.Module | None = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return None
+    tokens_BS = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
+        return head if torch.equal(head(_hidden(model, tokens_BS)), logits_BSV) else None
 
 
 def _predicting(sample: RecordedSample) -> torch.Tensor:

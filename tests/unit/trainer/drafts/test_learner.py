@@ -8,7 +8,9 @@ import torch
 from draft_kit import LAYERS, TOKENS, learner_of, lessons_of, record, save_standalone, teach, tiny_policy
 from recorded import random_sample
 from safetensors.torch import load_file
+from transformers import GraniteConfig, GraniteForCausalLM
 
+from miles.drafts import standalone_training
 from miles.drafts.eagle3_training import TrainableHead
 from miles.drafts.new_head import write_new_head
 from miles.drafts.recorded_layers import EMBEDDING, aux_layers
@@ -126,6 +128,39 @@ def test_masked_tokens_teach_nothing(policy, tmp_path):
             sample.top_tokens_RK[4:9] = i
         list(learner.learn(samples[i]))
     assert all(tensor.equal(two.state()[name]) for name, tensor in one.state().items())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_language_model_learns_chunk_by_chunk_what_it_would_at_once(scaled, policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(standalone_training, "CHUNK", 7)
+    if scaled:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        GraniteForCausalLM(GraniteConfig(**sizes, vocab_size=320, logits_scaling=3.0)).save_pretrained(tmp_path)
+    else:
+        save_standalone(tmp_path)
+    model = TrainableLanguageModel(tmp_path, 320, loss="ce", steps=3, device=CPU)
+    module: Any = model.module
+    rows: list[int] = []
+    head = module.get_output_embeddings()
+    head.register_forward_hook(lambda _, given, made: rows.append(made[..., 0].numel()))
+    samples = record(policy[1], samples=3, prompt=5, response=20, layers=(), seed=0)
+    samples[1].loss_mask_R[4:9] = False
+    found = model.learn_from(samples)
+    assert (max(rows) > 7) == scaled
+
+    once = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    losses = []
+    for sample in samples:
+        logits_RV = module(input_ids=sample.tokens_T[None]).logits[0, sample.prompt_length - 1 : -1]
+        sampled_R = sample.tokens_T[sample.prompt_length :].long()
+        losses.append(torch.nn.functional.cross_entropy(logits_RV, sampled_R, reduction="none")[sample.loss_mask_R])
+    mean = torch.cat(losses).mean()
+    mean.backward()
+    assert found.loss == pytest.approx(mean.item(), rel=1e-5)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(once[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_have_about_as_many_tokens_and_every_sample_once():
