@@ -36,7 +36,7 @@ def read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def module_name(name: str) -> str:
-    """The name in `Eagle3Head` of a tensor that may come under another one."""
+    """The name in `Eagle3Head` of a tensor that may come under another one, as SGLang takes it too."""
     name = name.removeprefix("model.")
     return name.replace(*_FIRST_LAYER, 1) if name.startswith(_FIRST_LAYER[0]) else name
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import TYPE_CHECKING
 
+from miles.config.checks.json_file import read_json_object
 from miles.config.speculation import DraftKind, Speculation
+from miles.drafts.head_config import LAYER_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ def aux_layers(draft_folder: str | None, num_layers: int) -> tuple[int, ...]:
         return tuple(sorted({min(max(layer, 0), last) for layer in (1, num_layers // 2 - 1, num_layers - 4)}))
     if not named or not all(0 <= layer <= last for layer in named):
         raise ValueError(
-            f"eagle_aux_hidden_state_layer_ids of {draft_folder} is {list(named)}, but the policy has {num_layers} "
+            f"{LAYER_IDS} of {draft_folder} is {list(named)}, but the policy has {num_layers} "
             f"layers: a draft for it reads what is behind some of layers 0 to {last}"
         )
     return tuple(sorted(set(named)))
@@ -43,12 +44,9 @@ def recorded_layers(speculation: Speculation, num_layers: int) -> tuple[int, ...
 
 def _named(path: pathlib.Path) -> Sequence[int] | None:
     """SGLang reads `eagle_config` alone."""
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text()).get("eagle_config") or {}
-    layers = found.get("eagle_aux_hidden_state_layer_ids")
+    layers = (read_json_object(path).get("eagle_config") or {}).get(LAYER_IDS)
     if layers is None:
         return None
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise ValueError(f"eagle_aux_hidden_state_layer_ids in {path} is {layers!r}; it must list layer numbers")
+        raise ValueError(f"{LAYER_IDS} in {path} is {layers!r}; it must list layer numbers")
     return layers

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from miles.config.checks.json_file import read_json_object
+from miles.drafts.folder import module_name
 from miles.weights.naming.published import refuse
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class DraftModel:
         """`folder`: its checkpoint. `load` has the servers load tensors; `verify` raises unless they hold them."""
         self.device = device
         self.version: int | None = None
-        self._shapes = {_plain(name): shape for name, shape in checkpoint_shapes(pathlib.Path(folder)).items()}
+        self._shapes = {module_name(name): shape for name, shape in checkpoint_shapes(pathlib.Path(folder)).items()}
         self.config = read_json_object(pathlib.Path(folder) / "config.json")
         """config.json of its checkpoint."""
         self._load = load
@@ -48,12 +49,12 @@ class DraftModel:
         """
         held = self._shapes
         faults = [
-            f"{name} has shape {tuple(tensor.shape)}; the draft model's is {held.get(_plain(name), 'not there')}"
+            f"{name} has shape {tuple(tensor.shape)}; the draft model's is {held.get(module_name(name), 'not there')}"
             for name, tensor in tensors.items()
-            if held and held.get(_plain(name)) != tuple(tensor.shape)
+            if held and held.get(module_name(name)) != tuple(tensor.shape)
         ]
         optional = (_EMBEDDINGS, _HEAD, *_VOCABULARY_MAPS)
-        given = {_plain(name) for name in tensors}
+        given = {module_name(name) for name in tensors}
         missing = (name for name in held if name not in given and not name.endswith(optional))
         faults += [f"{name} is missing" for name in missing]
         refuse(faults, "the draft model")
@@ -66,11 +67,6 @@ class DraftModel:
         """The last weights loaded, once the servers are proven to hold them. Raises ChecksumMismatch."""
         await self._verify()
         return self._tensors
-
-
-def _plain(name: str) -> str:
-    """A name as SGLang reads it: with or without the model's prefix, and an EAGLE-3 head's layer by two names."""
-    return name.removeprefix("model.").replace("midlayer.", "layers.0.")
 
 
 def checkpoint_shapes(folder: pathlib.Path) -> Shapes:
