@@ -9,20 +9,12 @@ import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from miles.config.checks.json_file import read_json_object
-from miles.drafts.head_config import ARCHITECTURE
-
 if TYPE_CHECKING:
     import torch
 
 _FILE = "model.safetensors"
 _FIRST_LAYER = ("midlayer.", "layers.0.")
 """How the authors' own files name a head's one layer, and how it is named here; SGLang takes both."""
-
-
-def is_head(folder: pathlib.Path) -> bool:
-    """Whether a folder holds an EAGLE-3 head, not a language model of its own."""
-    return ARCHITECTURE in (read_json_object(folder / "config.json").get("architectures") or ())
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
