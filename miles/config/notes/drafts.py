@@ -38,9 +38,15 @@ def where_the_draft_is_trained(s: FlatSettings) -> Iterator[Note]:
         return
     if s.draft_train_device == "cpu":
         yield Note("draft_train_device", "cpu", "the draft is trained on this machine's CPU, beside the run")
-    elif s.colocate and s.offload_rollout:
+    elif _in_turns(s):
         text = "the draft is trained in the engines' turn, and leaves its GPU for the trainer's"
         yield Note("draft_train_device", s.draft_train_device, text)
     else:
         text = "the draft is trained beside what has that GPU: leave it memory, by sglang_mem_fraction_static for one"
         yield Note("draft_train_device", s.draft_train_device, text)
+
+
+def _in_turns(s: FlatSettings) -> bool:
+    """Whether trainer and engines take turns: what the controller's `GpuTurns.taken` says of a trainer with GPUs."""
+    asked = s.offload_train
+    return bool(s.offload_rollout or (s.colocate and not s.fsdp_cpu_offload if asked is None else asked))

@@ -318,3 +318,21 @@ def test_kernels_with_other_blocks_than_engines_are_noted(
     assert [f"TransformerEngine's kernels round {named}, among others" in note for note in noted] == (
         [] if named is None else [True]
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_turns"),
+    [
+        ({}, True),
+        ({"offload_rollout": False}, True),
+        ({"offload_rollout": False, "offload_train": False}, False),
+        ({"offload_rollout": False, "fsdp_cpu_offload": True}, False),
+        ({"colocate": False}, False),
+        ({"colocate": False, "offload_train": True}, True),
+    ],
+)
+def test_a_draft_leaves_its_gpu_where_trainer_and_engines_take_turns(changes: dict[str, Any], in_turns: bool) -> None:
+    draft = {"sglang_speculative_algorithm": "EAGLE3", "enable_draft_training": True}
+    noted = notes(examine(MINIMAL | ON_A_GPU | draft | changes).settings)
+    (where,) = [note.text for note in noted if note.field == "draft_train_device"]
+    assert ("leaves its GPU" in where, "beside what has that GPU" in where) == (in_turns, not in_turns)
