@@ -68,6 +68,17 @@ def test_what_was_not_published_is_saved_as_a_version_of_its_own(tmp_path: pathl
         training_of(changed)
 
 
+def test_what_was_learned_before_the_first_version_comes_again_after_a_kill(tmp_path: pathlib.Path) -> None:
+    config = draft_config(write_dense_model(tmp_path / "model"), draft_update_interval=6)
+    first = training_of(config, policy_step=2)
+    for step in (2, 3, 4):
+        learn(first, step)
+    again = training_of(config, policy_step=5)
+    assert (again.version, again.recordings) == (0, 0)
+    assert again.cursor.next([2, 3, 4]) == 2
+    assert again.cursor.reach(4) == range(2, 4), "what was removed meanwhile is missed"
+
+
 def test_a_run_that_ends_before_anything_is_learned_leaves_nothing(tmp_path: pathlib.Path) -> None:
     training_of(draft_config(write_dense_model(tmp_path / "model"))).save_at_end(tmp_path / "trained")
     assert not (tmp_path / "trained").exists()
