@@ -29,7 +29,7 @@ class DraftRecord:
     algorithm: str
     """Kind of the draft, e.g. "eagle3"."""
     draft_model: str
-    """Folder that it began from."""
+    """Folder that it began from, or words for the run's own."""
     version: int
     """Version that these weights are published as; 0 is the draft that the run began with."""
     recorded_step: int

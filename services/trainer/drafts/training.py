@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.config.speculation import speculation_of
-from miles.drafts.folders import checkpoint_dir
+from miles.drafts.folders import checkpoint_dir, initial_dir
 from miles.services.trainer.drafts import checkpoint
 from miles.services.trainer.drafts.cursor import RecordingCursor
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+_OWN_HEAD = "(the run's own)"
+"""Stands in a checkpoint for the head that is made when no draft model is given."""
 
 
 class DraftBrokenError(ArithmeticError):
@@ -49,7 +51,10 @@ class DraftTraining:
         self._folder = checkpoint_dir(run_dir)
         self._device = device
         speculation = speculation_of(config.rollout.sglang_args)
-        self._origin = {"algorithm": speculation.kind.value, "draft_model": str(speculation.draft_model_path)}
+        draft = str(speculation.draft_model_path)
+        if draft == str(initial_dir(pathlib.Path(config.services.run_dir))):
+            draft = _OWN_HEAD  # not its path, as the run's folder may move
+        self._origin = {"algorithm": speculation.kind.value, "draft_model": draft}
         self._unpublished = 0
         """Recordings trained on since the newest version, a count."""
         self._has_begun = False
