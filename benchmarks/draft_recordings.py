@@ -54,8 +54,7 @@ def load(model: pathlib.Path, args: argparse.Namespace, recordings: pathlib.Path
     flags: dict[str, Any] = {}
     if recordings is not None:
         flags = {"enable_draft_training": True, "sglang_speculative_algorithm": "EAGLE3", "rollout_backend": "torch"}
-        flags |= {"draft_recordings_dir": str(recordings), "draft_tokens_per_step": args.recorded}
-        flags |= {"draft_batch_tokens": min(8192, args.recorded)}
+        flags |= {"draft_tokens_per_step": args.recorded, "draft_batch_tokens": min(8192, args.recorded)}
     config = JobConfig.from_flat(
         {
             "hf_checkpoint": str(model), "prompt_data": "none.jsonl", "label_key": "label", "rm_type": "exact_match",
@@ -91,7 +90,7 @@ def main() -> None:
     backend = "gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
-        model, recordings = pathlib.Path(folder) / "model", pathlib.Path(folder) / "recordings"
+        model, recordings = pathlib.Path(folder) / "model", pathlib.Path(folder) / "run" / "drafts" / "recordings"
         parameters = training_step.write_model(args, model)
         plain, recorded = load(model, args, None), load(model, args, recordings)
         rollouts = [training_step.rollout(args, seed) for seed in range(training_step.ROLLOUTS)]

@@ -6,9 +6,9 @@ make the same one.
 
 from __future__ import annotations
 
-import os
 import pathlib
 import shutil
+import uuid
 from typing import TYPE_CHECKING
 
 from miles.config.speculation import DraftKind, speculation_of
@@ -29,7 +29,8 @@ def ensure_initial(config: JobConfig) -> None:
         return
     from miles.drafts.new_head import write_new_head
 
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    # Not the process id: containers that share the folder have the same ones.
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         write_new_head(pathlib.Path(str(config.rollout.hf_checkpoint)), partial, config.train.seed)
         try:

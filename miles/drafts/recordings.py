@@ -27,9 +27,11 @@ class RecordingDamaged(ValueError):
 
 
 def root_of(config: JobConfig, run_dir: pathlib.Path) -> pathlib.Path:
-    """The folder of a job's recordings."""
+    """The folder of a job's recordings. Jobs may share one that is given, so theirs have their run folders' names."""
     folder = config.drafts.draft_recordings_dir
-    return run_dir / "drafts" / "recordings" if folder is None else pathlib.Path(folder)
+    if folder is None:
+        return run_dir / "drafts" / "recordings"
+    return pathlib.Path(folder) / run_dir.absolute().name
 
 
 def steps(root: pathlib.Path) -> list[int]:

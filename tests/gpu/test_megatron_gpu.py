@@ -14,6 +14,7 @@ import torch
 from megatron_kit import SUPPORT, run_cases, run_python
 from megatron_models import EXPERTS, FAMILIES, TOP_K, architecture, write_model
 from recorded_reference import FLAGS as RECORDING
+from recorded_reference import recorded_in
 from safetensors.torch import load_file
 
 from miles.config.checks.known_models import BRIDGED, OWN_ARCHITECTURES
@@ -119,7 +120,7 @@ def test_both_backends_record_alike_for_a_draft(tmp_path: pathlib.Path) -> None:
     model = write_model("Llama", tmp_path / "model")
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     kinds: dict[str, dict[str, Any]] = {"fsdp": {"train_backend": "fsdp"}, "engine": {}, "recomputed": recompute}
-    roots = {name: {"draft_recordings_dir": str(tmp_path / f"{name}-recordings")} for name in kinds}
+    roots = {name: recorded_in(tmp_path / f"{name}-recordings") for name in kinds}
     run_cases(
         [case(name, model, **RECORDING, **roots[name], **flags) for name, flags in kinds.items()],
         tmp_path,

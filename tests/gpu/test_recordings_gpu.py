@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, samples_of
+from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, recorded_in, samples_of
 from trainer_cases import job_config, random_groups, write_dense_model
 
 from miles.drafts.recording import RecordedSample
@@ -42,7 +42,7 @@ def trained(model: pathlib.Path, count: int = 1, **changes: Any) -> dict[str, to
 
 def recorded(model: pathlib.Path, root: pathlib.Path, **changes: Any) -> list[RecordedSample]:
     """What the first step leaves."""
-    trained(model, **FLAGS, draft_recordings_dir=str(root), **changes)
+    trained(model, **FLAGS, **recorded_in(root), **changes)
     assert steps(root) == [0]
     return read(root, 0)
 
@@ -71,6 +71,6 @@ def test_recording_changes_no_bit_of_what_is_trained(tmp_path: pathlib.Path) -> 
     model = write_dense_model(tmp_path / "model", layers=7)
     both = {"train_dtype": "bfloat16", "deterministic_mode": True}
     plain = trained(model, 3, **both)
-    with_it = trained(model, 3, **FLAGS, draft_recordings_dir=str(tmp_path / "recordings"), **both)
+    with_it = trained(model, 3, **FLAGS, **recorded_in(tmp_path / "recordings"), **both)
     assert all(torch.equal(plain[name], with_it[name]) for name in plain)
     assert steps(tmp_path / "recordings") == [1, 2]

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from megatron_models import EXPERTS, TOP_K
-from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, samples_of
+from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, recorded_in, samples_of
 from trainer_cases import random_groups
 
 from miles.drafts.recordings import read, steps
@@ -63,7 +63,7 @@ def fsdp_case(out: pathlib.Path) -> dict[str, Any]:
 
 def recorded_case(name: str, model: str, out: pathlib.Path, **flags: Any) -> dict[str, Any]:
     """One step of a model of the folder `out`."""
-    root = {"draft_recordings_dir": str(out / f"{name}-recordings")}
+    root = recorded_in(out / f"{name}-recordings")
     settings = {"train_backend": "megatron", "adam_eps": 1e-3, **FLAGS, **root, **flags}
     case = {"name": name, "model": str(out / model), "flags": settings, "seed": SEED, "steps": 1}
     if flags.get("use_rollout_routing_replay"):

@@ -25,6 +25,11 @@ FLAGS: dict[str, Any] = {
 """Of a job whose trainer records."""
 
 
+def recorded_in(root: pathlib.Path) -> dict[str, str]:
+    """Settings that have a run leave its recordings in this folder."""
+    return {"draft_recordings_dir": str(root.parent), "run_dir": str(root.parent / "runs" / root.name)}
+
+
 def samples_of(groups: Sequence[SampleGroup]) -> list[Sample]:
     """The samples of a rollout that are trained on, in the order in which they are recorded."""
     return sorted((s for g in groups for s in g.samples), key=lambda s: (s.group_id, s.index))

@@ -44,8 +44,8 @@ class DraftsConfig(Section):
     """Number of newest training steps whose recordings are kept for the draft trainer; older ones are dropped."""
 
     draft_recordings_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the recordings, which the ranks of the trainer and the draft trainer share; by default one in the run's
-    folder."""
+    """Folder of the recordings, which the ranks of the trainer and the draft trainer share; each run has its own below
+    it, of its run folder's name. By default they are in the run's folder."""
 
     draft_train_device: Annotated[str, Metavar("DEVICE")] = "auto"
     """Device of the draft trainer: cpu, cuda, cuda:N, or auto, which is the last GPU of this machine, or its CPU."""

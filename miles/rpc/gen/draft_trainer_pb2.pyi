@@ -191,7 +191,9 @@ class WatchDraftsResponse(_message.Message):
     missed_recordings: _builtins.int
     """Recordings that were gone before they were read, a count."""
     recorded_step: _builtins.int
-    """Training step of the policy whose recording was trained on last."""
+    """Training step of the policy whose recording was dealt with last: trained on, or missed; one less than the first that
+    is expected before any was.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Value by metric name, e.g. "draft/loss", of the newest version."""

@@ -1,7 +1,7 @@
 """The draft trainer's own checkpoint: one safetensors file with its JSON record in the header, replaced atomically.
 
-It is written before each version is published, so that a version's number is never given to other weights, and a
-trainer that was killed goes on from the newest version that anybody may have.
+It is written before the first recording is trained on and before each version is published, so that a version's number
+is never given to other weights, and a trainer that was killed goes on from the newest version that anybody may have.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class DraftRecord:
     algorithm: str
     """Kind of the draft, e.g. "eagle3"."""
     draft_model: str
-    """Folder that it began from."""
+    """Folder that it began from, or words for the run's own."""
     version: int
-    """Version that these weights are published as."""
+    """Version that these weights are published as; 0 is the draft that the run began with."""
     recorded_step: int
     """Training step of the policy whose recording was dealt with last; -1 before the first."""
     recordings: int

@@ -62,19 +62,27 @@ class Control:
 
     def between_steps(self) -> None:
         """Wait while training is held. Raises StoppedError when it is to end, with the memory still free."""
-        with self._changed:
-            while self._hold and not self._stop:
-                if self._release_wanted and not self._released:
-                    self._released_bytes, self._released = self._release(), True
-                self._held = True
-                self._changed.notify_all()
-                self._changed.wait()
-            if self._stop:
-                raise StoppedError
-            self._held = False
-            if self._released:
+        while True:
+            with self._changed:
+                while self._hold and not self._stop and (self._released or not self._release_wanted):
+                    self._held = True
+                    self._changed.notify_all()
+                    self._changed.wait()
+                if self._stop:
+                    raise StoppedError
+                releases = self._hold
+                if not releases:
+                    self._held = False
+                    if not self._released:
+                        return
+                    self._released_bytes, self._released = 0, False
+            # Takes seconds, in which others must be able to ask.
+            if not releases:
                 self._restore()
-                self._released_bytes, self._released = 0, False
+                continue
+            freed = self._release()
+            with self._changed:
+                self._released_bytes, self._released = freed, True
 
     def sleep(self, seconds: float) -> None:
         """Wait until something is asked, or for so long."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import logging
 import pathlib
 import threading
@@ -59,7 +60,7 @@ class DraftJob:
         self.job_id = job_id
         self.progress = DraftProgress()
         self.failure: str | None = None
-        """Why the thread has ended by itself."""
+        """Why the thread has ended by itself; set once the device's memory is free."""
         self.warnings: collections.deque[tuple[int, str]] = collections.deque(maxlen=_WARNINGS_KEPT)
         """The newest, each with its number."""
         self._run_dir = run_dir
@@ -77,6 +78,8 @@ class DraftJob:
         self._published: int | None = None
         """Newest version that the service has; None before the first, and when it is to be published again."""
         self._publication_due = False
+        self._unsaved = ""
+        """Why what was learned last could not be saved."""
         self._thread = threading.Thread(target=self._run, name=f"draft of job {job_id}", daemon=True)
 
     def begin(self) -> None:
@@ -99,16 +102,22 @@ class DraftJob:
         self._control.go_on()
 
     def close(self, deadline_s: float) -> None:
-        """End the thread, which saves what it has learned since its last version. Raises TimeoutError."""
+        """End the thread, which saves what it has learned since its last version.
+
+        Raises TimeoutError, and RuntimeError when it could not be saved.
+        """
         self._control.stop()
         if self._thread.is_alive():
             self._thread.join(deadline_s)
             if self._thread.is_alive():
                 raise TimeoutError(f"waited {deadline_s:g} s for the draft trainer to end a step of job {self.job_id}")
+        if self._unsaved:
+            raise RuntimeError(self._unsaved)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        failure = None
         try:
             while True:
                 self._note(self._idle_activity())
@@ -123,14 +132,30 @@ class DraftJob:
                 else:
                     self._control.sleep(_POLL_S)
         except StoppedError:
-            self._training.save_at_end(trained_dir(self._run_dir))
+            self._save_at_end()
         except Exception as error:
             logger.exception("training of the draft model of job %s has ended", self.job_id)
-            self.failure = f"{type(error).__name__}: {error}"
+            failure = f"{type(error).__name__}: {error}"
         finally:
             self._publisher.close()
+            self._free_memory()
+            self.failure = failure
             self._control.end()
             self._on_change()
+
+    def _save_at_end(self) -> None:
+        try:
+            self._training.save_at_end(trained_dir(self._run_dir))
+        except Exception as error:
+            logger.exception("what the draft model of job %s has learned last is lost", self.job_id)
+            self._unsaved = f"what the draft model has learned last is lost: {type(error).__name__}: {error}"
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        try:
+            self._training.release_memory()
+        except Exception:  # of a device that is broken
+            logger.exception("the memory of the draft model of job %s could not be freed", self.job_id)
 
     def _take_reload(self) -> None:
         with self._asked:

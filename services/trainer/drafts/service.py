@@ -71,7 +71,7 @@ class DraftTrainerServicer(draft_trainer_pb2_grpc.DraftTrainerServiceServicer):
                 if request.HasField("policy_step"):
                     job.reload(request.policy_step)
             else:
-                self._job = None
+                self._job = job = None  # its memory is free for the one that is loaded
                 async with contextlib.aclosing(self._start(request, context)) as stages:
                     async for stage in stages:
                         yield draft_trainer_pb2.DraftTrainerStartJobResponse(stage=stage)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.config.speculation import speculation_of
-from miles.drafts.folders import checkpoint_dir
+from miles.drafts.folders import checkpoint_dir, initial_dir
 from miles.services.trainer.drafts import checkpoint
 from miles.services.trainer.drafts.cursor import RecordingCursor
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+_OWN_HEAD = "(the run's own)"
+"""Stands in a checkpoint for the head that is made when no draft model is given."""
 
 
 class DraftBrokenError(ArithmeticError):
@@ -49,9 +51,14 @@ class DraftTraining:
         self._folder = checkpoint_dir(run_dir)
         self._device = device
         speculation = speculation_of(config.rollout.sglang_args)
-        self._origin = {"algorithm": speculation.kind.value, "draft_model": str(speculation.draft_model_path)}
+        draft = str(speculation.draft_model_path)
+        if draft == str(initial_dir(pathlib.Path(config.services.run_dir))):
+            draft = _OWN_HEAD  # not its path, as the run's folder may move
+        self._origin = {"algorithm": speculation.kind.value, "draft_model": draft}
         self._unpublished = 0
         """Recordings trained on since the newest version, a count."""
+        self._has_begun = False
+        """Whether the first recording that is expected is known, and saved."""
         self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._counts: collections.Counter[str] = collections.Counter()
         self._train_s = 0.0
@@ -63,11 +70,16 @@ class DraftTraining:
         return self._unpublished >= self._interval
 
     def policy_is_at(self, policy_step: int) -> None:
-        """The policy has taken so many steps; before the first recording, and whenever the run was loaded again."""
-        if self.recordings or self.cursor.missed:
+        """The policy has taken so many steps; before the first recording, and whenever the run was loaded again.
+
+        Raises OSError when the place cannot be saved, from which a trainer killed before the first version goes on.
+        """
+        if self._has_begun:
             self.cursor.rewind(policy_step)
         else:
             self.cursor.begin_at(policy_step)
+            self._save()
+            self._has_begun = True
 
     def learn(self, samples: Sequence[RecordedSample], step: int) -> Iterator[None]:
         """Train on the recording of a step, one optimizer step at each `next`."""
@@ -147,6 +159,7 @@ class DraftTraining:
             raise checkpoint.UnusableDraftCheckpointError(path, str(error)) from error
         self.version, self.recordings, self.metrics = record.version, record.recordings, record.metrics
         self.cursor = RecordingCursor(record.recorded_step, record.missed_recordings)
+        self._has_begun = True
         logger.info("the draft model goes on from version %d, after step %d", self.version, self.cursor.last)
 
     def _save(self) -> None:

@@ -163,4 +163,5 @@ def test_recordings_are_in_the_runs_folder_unless_another_is_given() -> None:
     assert root_of(JobConfig.from_flat(MINIMAL), run) == run / "drafts" / "recordings"
     on = {"enable_draft_training": True, "sglang_speculative_algorithm": "EAGLE3", "draft_recordings_dir": "/shared"}
     shared = JobConfig.from_flat(MINIMAL | on)
-    assert root_of(shared, run) == pathlib.Path("/shared")
+    assert root_of(shared, run) == pathlib.Path("/shared/run")
+    assert root_of(shared, pathlib.Path("/runs/another")) == pathlib.Path("/shared/another"), "no run has another's"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -79,6 +80,45 @@ def test_a_hold_frees_memory_once_and_gives_it_back(trained: Trained) -> None:
     trained.control.go_on()
     assert trained.takes_a_step()
     assert trained.moves == ["release", "restore"]
+
+
+def test_nobody_waits_while_memory_is_moved() -> None:
+    moving, may_end, restored = threading.Event(), threading.Event(), threading.Event()
+
+    def release() -> int:
+        moving.set()
+        assert may_end.wait(DEADLINE_S)
+        return 7
+
+    control = Control(release, restored.set)
+
+    def train() -> None:
+        with contextlib.suppress(StoppedError):
+            while True:
+                control.between_steps()
+                control.sleep(0.001)
+
+    def ask() -> None:
+        control.wake()
+        control.go_on()
+
+    thread = threading.Thread(target=train, daemon=True)
+    holder = threading.Thread(target=control.hold, kwargs={"release_memory": True}, daemon=True)
+    asker = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    holder.start()
+    try:
+        assert moving.wait(DEADLINE_S)
+        asker.start()
+        asker.join(DEADLINE_S / 4)
+        assert not asker.is_alive(), "whoever asks would wait until all is moved"
+    finally:
+        may_end.set()
+    assert restored.wait(DEADLINE_S), "the hold has ended meanwhile"
+    control.stop()
+    for each in (thread, holder):
+        each.join(DEADLINE_S)
+        assert not each.is_alive()
 
 
 def test_a_held_thread_can_be_stopped(trained: Trained) -> None:

@@ -63,9 +63,29 @@ def test_what_was_not_published_is_saved_as_a_version_of_its_own(tmp_path: pathl
     assert third.cursor.last == 0, "the policy was taken back, and its recordings come again"
     changed = draft_config(tmp_path / "model", sglang_speculative_draft_model_path=str(tmp_path / "trained"))
     with pytest.raises(
-        UnusableDraftCheckpointError, match=r"its draft_model is .*initial, and that of the run .*trained"
+        UnusableDraftCheckpointError, match=r"its draft_model is \(the run's own\), and that of the run .*trained"
     ):
         training_of(changed)
+
+
+def test_what_was_learned_before_the_first_version_comes_again_after_a_kill(tmp_path: pathlib.Path) -> None:
+    config = draft_config(write_dense_model(tmp_path / "model"), draft_update_interval=6)
+    first = training_of(config, policy_step=2)
+    for step in (2, 3, 4):
+        learn(first, step)
+    again = training_of(config, policy_step=5)
+    assert (again.version, again.recordings) == (0, 0)
+    assert again.cursor.next([2, 3, 4]) == 2
+    assert again.cursor.reach(4) == range(2, 4), "what was removed meanwhile is missed"
+
+
+def test_a_run_whose_folder_moved_goes_on_with_its_own_head(tmp_path: pathlib.Path) -> None:
+    model = write_dense_model(tmp_path / "model")
+    first = training_of(draft_config(model, run_dir=str(tmp_path / "here")))
+    learn(first, 0)
+    first.finish_version()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert training_of(draft_config(model, run_dir=str(tmp_path / "there")), policy_step=1).version == 1
 
 
 def test_a_run_that_ends_before_anything_is_learned_leaves_nothing(tmp_path: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from recorded import random_samples, write_recording
-from recorded_reference import FLAGS
+from recorded_reference import FLAGS, recorded_in
 from trainer_cases import job_config, random_groups, write_dense_model
 
 from miles.drafts import recording_files as files
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def loaded(model: pathlib.Path, root: pathlib.Path, **changes: Any) -> FsdpBackend:
-    flags = {**FLAGS, "draft_recordings_dir": str(root), **changes}
+    flags = {**FLAGS, **recorded_in(root), **changes}
     backend = FsdpBackend(job_config(model, **flags), root.parent / "checkpoints", torch.device("cpu"))
     backend.load()
     return backend

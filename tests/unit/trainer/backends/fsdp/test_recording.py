@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, samples_of
+from recorded_reference import FLAGS, TEMPERATURE, assert_as_the_stock_model, recorded_in, samples_of
 from trainer_cases import job_config, random_groups, set_own_routing, write_dense_model, write_moe_model
 
 from miles.drafts.recordings import read, steps
@@ -29,7 +29,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def loaded(model: pathlib.Path, root: pathlib.Path, **changes: Any) -> FsdpBackend:
-    flags = {**FLAGS, "draft_recordings_dir": str(root), **changes}
+    flags = {**FLAGS, **recorded_in(root), **changes}
     backend = FsdpBackend(job_config(model, **flags), root.parent / "checkpoints", torch.device("cpu"))
     backend.load()
     return backend
