@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
+import logging
 import pathlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -15,6 +18,7 @@ from trainer_cases import write_dense_model
 from weight_host import DRAFT, GatedEngine, Host
 
 from miles.change_signal import ChangeSignal
+from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
 from miles.rpc import start_server
 from miles.rpc.gen import controller_pb2, draft_trainer_pb2_grpc
@@ -27,6 +31,7 @@ from miles.services.controller.speculation.acceptance import RunAcceptance
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import RewardAddresses
+from miles.services.trainer.drafts.job import DraftJob
 from miles.services.trainer.drafts.loading import load_job
 from miles.services.trainer.drafts.service import SERVICE_NAME, DraftTrainerServicer
 from miles.weights import WeightSubscriber
@@ -38,9 +43,13 @@ NAME = "draft-trainer-0"
 class DraftTrainer:
     """The service in this process, attached to a registry."""
 
-    def __init__(self, registry: WorkerRegistry) -> None:
+    def __init__(self, registry: WorkerRegistry, name: str = NAME) -> None:
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.is_loading = False
         self._registry = registry
-        self._servicer = DraftTrainerServicer(functools.partial(load_job, device_name="cpu"))
+        self._name = name
+        self._servicer = DraftTrainerServicer(self._load)
         self._server: grpc.aio.Server
         self.worker: AttachedWorker
 
@@ -51,7 +60,7 @@ class DraftTrainer:
             [SERVICE_NAME],
         )
         registration = controller_pb2.WorkerRegistration(
-            worker_id=NAME,
+            worker_id=self._name,
             kind=controller_pb2.WORKER_KIND_DRAFT_TRAINER,
             address=address,
             incarnation=incarnation,
@@ -59,11 +68,20 @@ class DraftTrainer:
         )
         self.worker = self._registry.attach(registration)
 
-    async def lose(self) -> None:
-        """End as a process does whose connections break."""
+    async def disconnect(self) -> None:
+        """Break its connections; it goes on by itself."""
         await self._server.stop(None)
         self._registry.detach(self.worker)
+
+    async def lose(self) -> None:
+        """End as a process does whose connections break."""
+        await self.disconnect()
         await self._servicer.close()
+
+    def _load(self, *args: Any) -> DraftJob:
+        self.is_loading = True
+        assert self.may_load.wait(DEADLINE_S)
+        return load_job(*args, device_name="cpu")
 
 
 @pytest.fixture
@@ -84,8 +102,9 @@ async def until(is_so: Callable[[], bool], what: str) -> None:
 
 
 async def test_a_run_follows_its_draft_trainer_and_goes_on_without_it(
-    tmp_path: pathlib.Path, host: Host, redis_url: str
+    tmp_path: pathlib.Path, host: Host, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     config = draft_config(write_dense_model(tmp_path / "model"))
     run_dir = pathlib.Path(config.services.run_dir)
     context = JobContext("job", config, redis_url, run_dir)
@@ -136,10 +155,13 @@ async def test_a_run_follows_its_draft_trainer_and_goes_on_without_it(
         assert drafts.take_metrics()["draft/version"] == 2, "engines have it still"
         second = DraftTrainer(registry)
         await second.start("second")
+        await until(lambda: caplog.messages.count("draft version 2 is active") == 2, "what it goes on from")
+        told = alerts.take_warnings()
+        assert not any("is back" in text for text in told), "it may fail as before: nothing is learned yet"
         record(run_dir, 2)
         await until(lambda: drafts.active == 3, "version 3")
         await until(lambda: engine.version == 3, "the engine")
-        warnings = "\n".join(alerts.take_warnings())
+        warnings = "\n".join([*told, *alerts.take_warnings()])
         assert f"{NAME} is lost, and the run goes on with the draft that it has" in warnings
         assert f"{NAME} is back, and goes on" in warnings
         assert warnings.count("is lost") == 1
@@ -149,3 +171,78 @@ async def test_a_run_follows_its_draft_trainer_and_goes_on_without_it(
         await second.lose()
     await subscriber.close()
     weightsync.close()
+
+
+@contextlib.asynccontextmanager
+async def run_of(
+    config: JobConfig, host: Host, redis_url: str, job_id: str = "job"
+) -> AsyncIterator[tuple[RunDrafts, RunAlerts, WorkerRegistry]]:
+    """The run's part, with nothing attached but the weight-sync service, and no engine."""
+    registry, alerts = WorkerRegistry(), RunAlerts(ChangeSignal())
+    context = JobContext(job_id, config, redis_url, pathlib.Path(config.services.run_dir))
+    service = registry.attach(
+        controller_pb2.WorkerRegistration(
+            worker_id="weightsync", kind=controller_pb2.WORKER_KIND_WEIGHTSYNC, address=host.address
+        )
+    )
+    weightsync, activities = WeightSyncClient(service), WorkerActivities(lambda *_: None)
+    async with await connect_async(redis_url) as client:
+        queue = GroupQueue(client, job_id, consumer="test")
+        acceptance, rewards = RunAcceptance.of_job(config, ()), RewardAddresses({})
+        rollouts = RolloutWorkers(context, registry, queue, alerts, host.address, rewards, acceptance)
+        drafts = RunDrafts(context, registry, weightsync, rollouts, alerts, activities)
+        yield drafts, alerts, registry
+        await drafts.close()
+    weightsync.close()
+
+
+async def test_a_draft_trainer_loads_in_the_engines_turn_alone_and_goes_on_after_a_broken_connection(
+    tmp_path: pathlib.Path, host: Host, redis_url: str
+) -> None:
+    async with run_of(draft_config(write_dense_model(tmp_path / "model")), host, redis_url) as (
+        drafts,
+        alerts,
+        attached,
+    ):
+        drafts.begin()
+        drafts.loaded(0)
+        first = DraftTrainer(attached)
+        first.may_load.clear()
+        await first.start("first")
+        await until(lambda: first.is_loading, "the load")
+        turn = asyncio.create_task(drafts.leave_gpus(alerts.check))
+        await asyncio.sleep(0)  # it waits
+        assert not turn.done()
+        first.may_load.set()
+        await turn
+        assert drafts.describe() == "held", "it had to be loaded, and to leave, first"
+
+        await first.disconnect()
+        await until(lambda: drafts.describe() == "", "the loss")
+        await first.start("first")  # the same process
+        await drafts.return_to_gpus()  # is not told, as nobody is followed
+        await until(lambda: drafts.describe() == "waiting for recordings", "the end of a hold that was not ended")
+        await first.lose()
+
+
+async def test_a_draft_trainer_that_works_for_another_run_is_passed_over(
+    tmp_path: pathlib.Path, host: Host, redis_url: str
+) -> None:
+    model = write_dense_model(tmp_path / "model")
+    others = draft_config(model, run_dir=str(tmp_path / "other"))
+    async with (
+        run_of(others, host, redis_url, "other") as (other, _, other_registry),
+        run_of(draft_config(model), host, redis_url) as (drafts, alerts, registry),
+    ):
+        busy, idle = DraftTrainer(other_registry), DraftTrainer(registry, "draft-trainer-1")
+        await busy.start("busy")
+        other.begin()
+        await until(lambda: other.describe() != "", "the other run")
+        registry.attach(busy.worker.registration)
+        await idle.start("idle")
+        drafts.begin()
+        await until(lambda: drafts.describe() != "", "the idle draft trainer")
+        assert idle.is_loading
+        assert alerts.take_warnings() == [], "nothing is wrong"
+        await busy.lose()
+        await idle.lose()

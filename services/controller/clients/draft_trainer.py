@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from miles.rpc import connect
 from miles.rpc.gen import draft_trainer_pb2, draft_trainer_pb2_grpc
@@ -55,15 +55,20 @@ class DraftTrainerClient:
                 return
         raise WorkerLostError("draft trainer start: the stream ended before it was ready")
 
-    async def watch(self) -> AsyncIterator[draft_trainer_pb2.WatchDraftsResponse]:
+    async def watch(self) -> AsyncGenerator[draft_trainer_pb2.WatchDraftsResponse, None]:
         """Follow the training until it ends, or until the worker lease does: a hung process keeps its connections."""
         request = draft_trainer_pb2.WatchDraftsRequest(job_id=self._context.job_id)
         call_ = self._stub.Watch(request)
         lost = asyncio.create_task(self.worker.lost.wait())
         lost.add_done_callback(lambda _: call_.cancel())
         async with cancelled_at_end(lost):
-            async for message in stream(call_, "draft training", deadlines.WATCH_DRAFTS_SILENCE_S):
-                yield message
+            try:
+                async for message in stream(call_, "draft training", deadlines.WATCH_DRAFTS_SILENCE_S):
+                    yield message
+            except asyncio.CancelledError:  # of the call above, unless somebody cancels this task
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
+                raise WorkerLostError("draft training: its worker lease has ended") from None
 
     async def hold(self, *, release_memory: bool) -> int:
         """Stop the training between two optimizer steps; return the device memory that is freed, in bytes."""

@@ -12,12 +12,13 @@ engines have no memory to load a draft into either.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 
 from miles.change_signal import ChangeSignal
-from miles.rpc.gen import controller_pb2, draft_trainer_pb2, policy_pb2, weightsync_pb2
+from miles.rpc.gen import draft_trainer_pb2, policy_pb2, weightsync_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WeightsRefusedError, WorkerFailedError, WorkerLostError
 from miles.services.controller.clients.draft_trainer import DraftTrainerClient
@@ -25,15 +26,15 @@ from miles.services.controller.clients.protocols import Rollouts
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.draft_trainers import DraftTrainers
+from miles.services.controller.run.draft_turn import DraftTurn
 from miles.services.controller.run.load_faults import LoadFaults
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
-from miles.tasks import cancel, cancelled_at_end
+from miles.tasks import cancel
 
 logger = logging.getLogger(__name__)
 
-_MISSING_S = 60.0
-"""How long there may be no draft trainer before people are told."""
 _CHECK_S = 0.5
 """How often a wait looks for what ends it."""
 _RETRY_S, _LONGEST_RETRY_S = 5.0, 60.0
@@ -58,7 +59,7 @@ class RunDrafts:
         self.active: int | None = None
         """Version of the draft that engines serve; None for the one that they began with."""
         self._context = context
-        self._registry = registry
+        self._trainers = DraftTrainers(registry, alerts)
         self._weightsync = weightsync
         self._rollouts = rollouts
         self._alerts = alerts
@@ -67,7 +68,6 @@ class RunDrafts:
         """Training steps that the policy has taken; None before the run is loaded."""
         self._loads = 0
         """How often the run was loaded, a count."""
-        self._loaded = ChangeSignal()
         self._tasks: list[asyncio.Task[None]] = []
         self._client: DraftTrainerClient | None = None
         """Set while the draft trainer has loaded the job."""
@@ -76,9 +76,13 @@ class RunDrafts:
         """Newest version that the draft trainer has published since it has loaded the job."""
         self._due: int | None = None
         """Version that engines are to be brought to."""
-        self._held = self._activating = False
+        self._newest = 0
+        """Newest version that was ever published; 0 before the first."""
+        self._activating = self._loading = False
+        self._turn = DraftTurn(alerts)
         self._lost = ""
-        """Name of the draft trainer that was lost and is not back."""
+        """Name of the draft trainer that was lost, until there is a newer version."""
+        self._pause_s = _RETRY_S
         self._news: Mapping[str, float] = {}
         """Metrics that were in no step's metrics yet."""
         self._changed = ChangeSignal()
@@ -99,7 +103,6 @@ class RunDrafts:
         """The run was loaded, for the first time or again, with so many steps taken by the policy."""
         self._policy_step = policy_step
         self._loads += 1
-        self._loaded.notify()
 
     async def close(self) -> None:
         """Follow it no more; it goes on by itself."""
@@ -107,31 +110,28 @@ class RunDrafts:
         await cancel(*tasks)
 
     async def leave_gpus(self, check: Callable[[], None]) -> None:
-        """Return once the draft trainer computes nothing and no engine loads a draft, until `return_to_gpus`.
+        """Return once the draft trainer neither loads nor computes and no engine loads a draft, until `return_to_gpus`.
 
         `check` raises what ends the wait, which has an end of its own.
         """
         if not self.wanted:
             return
-        self._held = True
+        self._turn.held = True
         end = time.monotonic() + deadlines.HOLD_DRAFTS_S
-        while self._activating and time.monotonic() < end:
+        while (self._activating or self._loading) and time.monotonic() < end:
             check()
             await self._changed.wait(_CHECK_S)
         if (client := self._client) is not None:
-            await self._hold(client)
+            await self._turn.tell(client)
 
     async def return_to_gpus(self) -> None:
         """End that."""
-        if not self._held:
+        if not self._turn.held:
             return
-        self._held = False
+        self._turn.held = False
         self._changed.notify()
         if (client := self._client) is not None:
-            try:
-                await client.go_on()
-            except (WorkerLostError, WorkerFailedError) as error:
-                logger.info("draft trainer %s: %s", client.worker_id, error)  # `_follow` notices, and tells
+            await self._turn.tell(client)
 
     def take_metrics(self) -> dict[str, float]:
         """Metrics for a step's; those of a version once."""
@@ -149,9 +149,8 @@ class RunDrafts:
 
     async def _follow(self) -> None:
         """Have a draft trainer work on the job, again and again."""
-        pause_s = _RETRY_S
         while True:
-            worker = await self._worker()
+            worker = await self._trainers.next(quiet=bool(self._lost))
             what = "is lost"
             try:
                 await self._follow_worker(worker)
@@ -160,62 +159,67 @@ class RunDrafts:
                 why = str(error)
             except WorkerFailedError as error:
                 what, why = "trains no drafts", str(error)
+            if not self._trainers.end_round(worker.worker_id):
+                continue  # another may be idle
             if self._lost != worker.worker_id:
                 self._lost = worker.worker_id
                 self._alerts.report(f"{worker.worker_id} {what}, and the run goes on with the draft that it has: {why}")
             if worker.lost.is_set():
-                pause_s = _RETRY_S
+                self._pause_s = _RETRY_S
             else:  # the same process is asked again, ever more seldom
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
-
-    async def _worker(self) -> AttachedWorker:
-        """Wait for a draft trainer to attach."""
-        waited_s = 0.0
-        while not (attached := self._registry.alive(controller_pb2.WORKER_KIND_DRAFT_TRAINER)):
-            await self._registry.wait_for_change(1.0)
-            waited_s += 1.0
-            if waited_s == _MISSING_S and not self._lost:
-                self._alerts.report(
-                    "no draft trainer is attached, so that the drafts do not follow the policy; start one with "
-                    "`python -m miles.services.trainer.drafts`"
-                )
-        return attached[0]
+                await asyncio.sleep(self._pause_s)
+                self._pause_s = min(2 * self._pause_s, _LONGEST_RETRY_S)
 
     async def _follow_worker(self, worker: AttachedWorker) -> None:
         client = DraftTrainerClient(worker, self._context, self._weightsync.address)
         self._prepared = None  # it publishes again what it goes on from: the bytes may have been lost with it
         try:
-            loads = self._loads
-            with self._activities.during(worker.worker_id, "load"):
-                await client.start_job(self._policy_step)
+            loads = await self._start(client)
             self._client = client
-            if self._held:
-                await self._hold(client)
-            watching = asyncio.create_task(self._watch(client), name="training of drafts")
-            async with cancelled_at_end(watching):
-                while not watching.done():
-                    if loads != self._loads:
-                        loads, self._prepared = self._loads, None
-                        await client.start_job(self._policy_step)
-                        continue
-                    loaded = asyncio.create_task(self._loaded.wait())
-                    async with cancelled_at_end(loaded):
-                        await asyncio.wait({watching, loaded}, return_when=asyncio.FIRST_COMPLETED)
-                watching.result()
+            await self._turn.tell(client)  # the same process may have been followed before, and held
+            while await self._watch(client, loads):
+                loads, self._prepared = self._loads, None
+                await client.start_job(self._policy_step)
         finally:
             self._client = None
             self._activities.end(worker.worker_id)
             await client.aclose()
 
-    async def _watch(self, client: DraftTrainerClient) -> None:
-        async for message in client.watch():
-            self._note(client.worker_id, message)
+    async def _start(self, client: DraftTrainerClient) -> int:
+        """Have it load the job, but not in the trainer's turn; return how often the run was loaded by then."""
+        if client.has_gpu and self._turn.held:
+            with contextlib.suppress(WorkerLostError, WorkerFailedError):  # most likely it has no job to be held
+                await client.hold(release_memory=True)
+        while client.has_gpu and self._turn.held:
+            if client.worker.lost.is_set():
+                raise WorkerLostError("its worker lease ended in the trainer's turn on the GPUs")
+            await self._changed.wait(_CHECK_S)
+        loads, self._loading = self._loads, client.has_gpu
+        try:
+            with self._activities.during(client.worker_id, "load"):
+                await client.start_job(self._policy_step)
+        except WorkerFailedError:
+            self._trainers.refused(client.worker_id)
+            raise
+        finally:
+            self._loading = False
+            self._changed.notify()
+        self._trainers.loaded(client.worker_id)
+        return loads
+
+    async def _watch(self, client: DraftTrainerClient, loads: int) -> bool:
+        """Follow the training; returns whether it is to be told that the run was loaded again, else at its end.
+
+        What is still on its way then is of the policy of before, and is not read.
+        """
+        async with contextlib.aclosing(client.watch()) as messages:
+            async for message in messages:
+                if self._loads != loads:
+                    return True
+                self._note(client.worker_id, message)
+        return False
 
     def _note(self, worker_id: str, message: draft_trainer_pb2.WatchDraftsResponse) -> None:
-        if self._lost:
-            self._alerts.report(f"{worker_id} is back, and goes on training drafts")
-            self._lost = ""
         for warning in message.warnings:
             self._alerts.warn(f"{worker_id}: {warning}")
         word = message.activity.split(" ", 1)[0]
@@ -231,15 +235,16 @@ class RunDrafts:
             self._prepared = self._due = message.version
             self._news = dict(message.metrics)
             self._changed.notify()
+            if message.version > self._newest:  # not before: one that fails again and again publishes the last again
+                self._newest = message.version
+                self._note_recovery(worker_id)
 
-    async def _hold(self, client: DraftTrainerClient) -> None:
-        if not client.has_gpu:
-            return
-        try:
-            released = await client.hold(release_memory=True)
-            logger.info("%s has left its GPU (%.2f GB)", client.worker_id, released / 1e9)
-        except (WorkerLostError, WorkerFailedError) as error:
-            self._alerts.warn(f"{client.worker_id} could not be held, and may be in the trainer's way: {error}")
+    def _note_recovery(self, worker_id: str) -> None:
+        self._pause_s = _RETRY_S
+        if self._lost:
+            what = "is back, and goes on" if self._lost == worker_id else f"goes on for {self._lost},"
+            self._alerts.report(f"{worker_id} {what} training drafts")
+            self._lost = ""
 
     # -- its versions -------------------------------------------------------------------------------------------------
 
@@ -247,7 +252,7 @@ class RunDrafts:
         """Bring engines to the newest version, again and again."""
         while True:
             version = self._due
-            if version is None or self._held:
+            if version is None or self._turn.held:
                 await self._changed.wait()
                 continue
             self._activating, pause_s = True, 0.0

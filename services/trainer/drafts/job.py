@@ -90,7 +90,7 @@ class DraftJob:
         """The run was loaded again, with so many steps taken by the policy: publish again what is there."""
         with self._asked:
             self._policy_step, self._published = policy_step, None
-            self.progress = dataclasses.replace(self.progress, version=None)
+            self.progress = dataclasses.replace(self.progress, version=None, recorded_step=None)
         self._control.wake()
 
     def hold(self, *, release_memory: bool) -> int:
@@ -222,11 +222,16 @@ class DraftJob:
                 recordings=training.recordings,
                 missed_recordings=training.cursor.missed,
                 metrics=before.metrics if self._published in (None, before.version) else training.metrics,
-                recorded_step=training.cursor.last if training.cursor.last >= 0 else None,
+                recorded_step=self._recorded_step(),
                 optimizer_steps=training.optimizer_steps,
             )
         if self.progress != before:
             self._on_change()
+
+    def _recorded_step(self) -> int | None:
+        """None as well until it is the step of the policy that was loaded last."""
+        last = self._training.cursor.last
+        return last if last >= 0 and self._policy_step is None else None
 
     def _warn(self, text: str) -> None:
         if not (line := self._repeated.note(text)):
