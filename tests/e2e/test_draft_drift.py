@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+from held_rewards import HeldRewards, held_rewards
 from serving_cluster import serving, wait_for
 from whole_runs import Records
 
@@ -18,7 +19,6 @@ STEPS = 9
 LEARNT = 7
 """Steps after which the policy hardly moves any more."""
 Job = Mapping[str, Any]
-REWARDS = ("--custom-rm-path=benchmarks.draft_drift.share_of_threes", "--gateway-allowed-module=benchmarks.draft_drift")
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def client(folder: pathlib.Path) -> Iterator[MilesClient]:
     """A client of services for both runs."""
-    with serving(folder, folder, *REWARDS) as found:
+    with serving(folder, folder) as found:
         yield found
 
 
-def submitted(client: MilesClient, folder: pathlib.Path, mode: str, **changes: Any) -> Job:
-    config = settings(folder, mode, STEPS) | {"name": mode, "lr_decay_iters": LEARNT, **changes}
+@pytest.fixture
+def rewards(tmp_path: pathlib.Path) -> Iterator[HeldRewards]:
+    """What a job's responses are scored by, in the steps that the test does not hold."""
+    with held_rewards(tmp_path, "threes") as found:
+        yield found
+
+
+def submitted(client: MilesClient, folder: pathlib.Path, rewards: HeldRewards, mode: str, **changes: Any) -> Job:
+    config = settings(folder, mode, STEPS) | {"name": mode, "lr_decay_iters": LEARNT, **rewards.settings, **changes}
     del config["device"]  # that of the services
     return client.submit(config)
 
@@ -53,29 +60,26 @@ def lengths(steps: list[dict[str, Any]]) -> list[float]:
     return [step["rollout/spec_accept_length"] for step in steps]
 
 
-def pause_for_draft(client: MilesClient, job: Job, step: int, version: int | None = None) -> None:
-    """Hold the run behind a step until its engine drafts with this version: by default one of every step so far.
+def release_with_draft(client: MilesClient, job: Job, rewards: HeldRewards, step: int, version: int) -> None:
+    """Hold the run in a step, whose responses are generated, until its engine drafts with this version.
 
     The run does not wait for its draft trainer, which may have no core left to it on a busy machine.
     """
-    wait_for(client, job["id"], lambda job: job["policy_version"] >= step)
-    client.pause(job["id"])
-    paused = wait_for(client, job["id"], lambda job: job["state"] == "paused")
-    wanted = paused["policy_version"] if version is None else version
 
     def served(_: object) -> bool:
-        return any((engine["draft_version"] or 0) >= wanted for engine in client.status(job["id"])["speculation"])
+        return any((engine["draft_version"] or 0) >= version for engine in client.status(job["id"])["speculation"])
 
     wait_for(client, job["id"], served)
-    client.resume(job["id"])
+    rewards.release(step)
 
 
 def test_a_draft_falls_behind_the_policy_until_a_version_comes_that_was_trained_beside_it(
-    client: MilesClient, folder: pathlib.Path
+    client: MilesClient, folder: pathlib.Path, rewards: HeldRewards
 ) -> None:
     frozen_steps = LEARNT - 1
-    job = submitted(client, folder, "online", draft_update_interval=frozen_steps)
-    pause_for_draft(client, job, frozen_steps, version=1)
+    rewards.hold(frozen_steps)
+    job = submitted(client, folder, rewards, "online", draft_update_interval=frozen_steps)
+    release_with_draft(client, job, rewards, frozen_steps, version=1)
     steps = finished(client, job)
     found = lengths(steps)
     assert 2 < found[0] < 1 + DRAFT_STEPS
@@ -86,12 +90,14 @@ def test_a_draft_falls_behind_the_policy_until_a_version_comes_that_was_trained_
 
 @pytest.mark.slow
 def test_a_draft_that_is_trained_at_every_step_keeps_up_and_changes_no_response(
-    client: MilesClient, folder: pathlib.Path
+    client: MilesClient, folder: pathlib.Path, rewards: HeldRewards
 ) -> None:
-    frozen = finished(client, submitted(client, folder, "frozen"))
-    job = submitted(client, folder, "online")
-    for step in range(1, STEPS - 1):
-        pause_for_draft(client, job, step)
+    frozen = finished(client, submitted(client, folder, rewards, "frozen"))
+    held = range(1, STEPS - 1)
+    rewards.hold(*held)
+    job = submitted(client, folder, rewards, "online")
+    for step in held:
+        release_with_draft(client, job, rewards, step, version=step)
     online = finished(client, job)
     assert [step["rollout/raw_reward"] for step in online] == [step["rollout/raw_reward"] for step in frozen]
     first = lengths(frozen)[0]

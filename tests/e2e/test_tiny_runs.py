@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from held_rewards import HeldRewards, held_rewards
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from serving_cluster import serving, wait_for
@@ -386,18 +387,26 @@ def test_same_seed_same_tokens_even_when_the_trainer_is_killed(
     assert equal(whole, broken)
 
 
+@pytest.fixture
+def rewards(tmp_path: pathlib.Path) -> Iterator[HeldRewards]:
+    """Those of `settings`, in the steps that the test does not hold."""
+    (tmp_path / "held").mkdir()
+    with held_rewards(tmp_path / "held", "exact") as found:
+        yield found
+
+
 def test_killing_the_draft_trainer_changes_nothing_but_acceptance(
-    services: MilesClient, tiny_dense: pathlib.Path, short: dict[str, object], whole: Run
+    services: MilesClient, tiny_dense: pathlib.Path, short: dict[str, object], whole: Run, rewards: HeldRewards
 ) -> None:
     """The same tokens as without any drafts."""
     standalone = {"algorithm": "STANDALONE", "draft_model_path": str(tiny_dense / "model")}
-    drafted = with_killed_draft_trainer(services, tiny_dense, short, standalone)
+    drafted = with_killed_draft_trainer(services, tiny_dense, rewards, short, standalone)
     assert_same_but_drafts(whole, drafted)
 
 
 @pytest.mark.slow
 def test_a_head_from_nothing_changes_nothing_but_acceptance(
-    services: MilesClient, tiny_dense: pathlib.Path, short: dict[str, object]
+    services: MilesClient, tiny_dense: pathlib.Path, short: dict[str, object], rewards: HeldRewards
 ) -> None:
     """EAGLE-3 reads hidden states between layers, of which the tiny model has too few."""
     folder = deepened(tiny_dense, tiny_dense / "deep")
@@ -405,29 +414,33 @@ def test_a_head_from_nothing_changes_nothing_but_acceptance(
     config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
     job = services.submit(config)
     wait_for(services, job["id"], lambda job: job["state"] == "succeeded")
-    drafted = with_killed_draft_trainer(services, folder, short, {"algorithm": "EAGLE3"})
+    drafted = with_killed_draft_trainer(services, folder, rewards, short, {"algorithm": "EAGLE3"})
     assert_same_but_drafts(Records(pathlib.Path(job["config"]["run_dir"])), drafted)
     assert (drafted.run_dir / "drafts" / "initial" / "config.json").is_file()
 
 
 def with_killed_draft_trainer(
-    services: MilesClient, folder: pathlib.Path, short: dict[str, object], speculative: dict[str, str]
+    services: MilesClient,
+    folder: pathlib.Path,
+    rewards: HeldRewards,
+    short: dict[str, object],
+    speculative: dict[str, str],
 ) -> Records:
-    """A job whose draft trainer was killed twice; paused before, as its steps take less time than a start does."""
+    """A job whose draft trainer was killed twice; held before, as its steps take less time than a start does."""
     training = {"enable_draft_training": True, "draft_batch_tokens": 512, "draft_recordings_kept": 9}
     flags = {f"sglang_speculative_{name}": value for name, value in speculative.items()}
-    config = settings(folder, name="drafted", rollout_backend="torch", **short, **training, **flags)
+    changes = {"rollout_backend": "torch", **short, **training, **flags, **rewards.settings}
+    config = settings(folder, name="drafted", **changes)
     config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+    held = (1, 4)
+    rewards.hold(*held)
     job = services.submit(config)
     run = Records(pathlib.Path(job["config"]["run_dir"]))
-    for steps in (1, 4):
-        wait_for(services, job["id"], lambda job, least=steps: job["policy_version"] >= least)
-        services.pause(job["id"])
-        paused = wait_for(services, job["id"], lambda job: job["state"] == "paused")
-        wait_for_draft(run.run_dir, paused["policy_version"] - 1)
+    for step in held:
+        wait_for_draft(run.run_dir, step - 1)
         (trainer,) = [worker for worker in services.workers() if worker["kind"] == "draft_trainer"]
         psutil.Process(trainer["info"]["pid"]).kill()
-        services.resume(job["id"])
+        rewards.release(step)
     wait_for(services, job["id"], lambda job: job["state"] == "succeeded")
     events = [event["text"] for event in services.watch(job["id"], follow=False) if event["type"] == "log"]
     assert any("draft-trainer-0 is lost, and the run goes on" in text for text in events)

@@ -68,7 +68,7 @@ def test_a_killed_draft_trainer_loses_nothing_but_time(
     weightsync.activate(1, 1, stream="draft", job=JOB)
     engine.wait_for_state("serving", 1)
     record(run_dir, 1)
-    first.calls.wait_for(lambda said: said.activity == "training on step 1", "training on step 1")
+    first.calls.wait_until_training(1)
     first.kill()
 
     second = DraftTrainerProcess()
@@ -113,7 +113,7 @@ def test_a_held_draft_trainer_computes_nothing_and_then_goes_on(
 
     calls.start_job(JOB, config, weightsync.address, run_dir)
     record(run_dir, 0)
-    calls.wait_for(lambda said: said.activity == "training on step 0", "training on step 0")
+    calls.wait_until_training(0)
     assert calls.hold(JOB).released_bytes == 0, "there is no GPU"
     calls.wait_for(lambda said: said.activity == "held", "hold")
     for step in (1, 2):  # of which the trainer, which keeps one, has removed the first meanwhile

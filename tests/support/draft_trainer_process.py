@@ -105,6 +105,15 @@ class DraftCalls:
         """What it says once a version is PREPARED."""
         return self.wait_for(lambda said: said.HasField("version") and said.version >= version, f"version {version}")
 
+    def wait_until_training(self, step: int) -> None:
+        """Return once it trains on the recording of a step, or has done so: it may be done before it says anything."""
+        begun = f"training on step {step}"
+
+        def is_begun(said: draft_trainer_pb2.WatchDraftsResponse) -> bool:
+            return said.activity == begun or (said.HasField("recorded_step") and said.recorded_step >= step)
+
+        self.wait_for(is_begun, begun)
+
     def _watch(self, job_id: str) -> None:
         try:
             for message in self.stub.Watch(draft_trainer_pb2.WatchDraftsRequest(job_id=job_id)):
