@@ -116,7 +116,8 @@ async def test_puts_that_travel_together_survive_a_server_that_forgets_its_scrip
 async def test_puts_under_way_when_redis_is_killed_are_queued_once(
     tmp_path: pathlib.Path, job_id: str, make_group: Callable[..., SampleGroup]
 ) -> None:
-    server = RedisServer(tmp_path, port=0).start()
+    # By default a disk that is slower than a flush a second would cost what was answered last.
+    server = RedisServer(tmp_path, port=0, appendfsync="always").start()
     client = await connect_async(server.url)
     queue = GroupQueue(client, job_id, inline_limit=20_000)
     groups = [make_group(i, response_tokens=100 + 4000 * (i % 3 == 0)) for i in range(300)]

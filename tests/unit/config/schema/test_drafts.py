@@ -26,10 +26,10 @@ def test_earlier_responses_are_kept_for_drafts_without_a_model(given: dict[str, 
 
 @pytest.mark.parametrize(
     ("given", "steps"),
-    [({}, 1), ({"sglang_speculative_num_steps": 5}, 5), ({"draft_unroll_steps": 2}, 2)],
+    [({}, 3), ({"sglang_speculative_num_steps": 5}, 5), ({"draft_unroll_steps": 2}, 2)],
 )
 def test_a_head_is_trained_over_the_steps_that_it_drafts_unless_others_are_given(
     given: dict[str, Any], steps: int
 ) -> None:
-    eagle = {"sglang_speculative_algorithm": "EAGLE3"} if given.get("sglang_speculative_num_steps") else {}
-    assert JobConfig.from_flat(MINIMAL | SGLANG | eagle | given).drafts.draft_unroll_steps == steps
+    trained = {"sglang_speculative_algorithm": "EAGLE3", "enable_draft_training": True}
+    assert JobConfig.from_flat(MINIMAL | SGLANG | trained | given).drafts.draft_unroll_steps == steps

@@ -23,6 +23,7 @@ def test_weights_for_sglang_are_those_of_the_files(tmp_path: pathlib.Path, draft
         train_backend="megatron",
         rollout_backend="sglang",
         mtp_num_layers=1,
+        device="cuda",
         sglang_speculative_algorithm="NEXTN" if drafts else None,
     )
     files, found = load_file(folder / "model.safetensors"), read_published(config)

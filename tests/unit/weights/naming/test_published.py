@@ -41,7 +41,7 @@ def test_the_contract_follows_from_the_configuration(
 ) -> None:
     flat = {**changes}
     flags = flat.pop("sglang_args", {})
-    flat |= {f"sglang_{name}": value for name, value in flags.items()}
+    flat |= {f"sglang_{name}": value for name, value in flags.items()} | ({"device": "cuda"} if flags else {})
     assert contract_of(job_config(write_config(tmp_path), **flat)) == expected
 
 
