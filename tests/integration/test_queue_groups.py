@@ -310,7 +310,7 @@ async def test_a_trainer_and_a_controller_that_restart_on_a_full_redis_make_room
 async def test_killing_redis_loses_no_group_and_stops_neither_side(
     tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup
 ) -> None:
-    server = RedisServer(tmp_path, port=0).start()
+    server = RedisServer(tmp_path, port=0, appendfsync="always").start()
     client = await connect_async(server.url)
     queue = GroupQueue(client, job_id)
     trainer = GroupQueue(await connect_async(server.url), job_id)
@@ -337,7 +337,7 @@ async def test_redis_may_be_away_for_longer_than_the_client_tries(
     tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("miles.queue.client.RETRIES", 0)
-    server = RedisServer(tmp_path, port=0).start()
+    server = RedisServer(tmp_path, port=0, appendfsync="always").start()
     client, other = await connect_async(server.url), await connect_async(server.url)
     queue, trainer = GroupQueue(client, job_id), GroupQueue(other, job_id)
     await queue.put(make_group(0), attempt=1)
