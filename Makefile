@@ -35,7 +35,7 @@ test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 # of Megatron-Core and 7 more to go on in, checkpoints of it written in the background or read by another optimizer;
 # SGLang's servers with weights of two ranks; whole runs with a critic, with a reward that is no number, without routing
 # replay, that go on in other number types, whose services are killed at random, whose restarted engine has another model,
-# whose draft falls behind or keeps up, and with a step that is abandoned or hangs when Ctrl-C comes.
+# whose draft keeps up from the start, and with a step that is abandoned or hangs when Ctrl-C comes.
 test-all: $(VENV)/.megatron $(SGLANG_VENV)/.ready browser
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "not gpu and not chaos"
 

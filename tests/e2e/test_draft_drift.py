@@ -15,8 +15,6 @@ from whole_runs import Records
 from benchmarks.draft_drift import DRAFT_STEPS, make, settings
 from miles.client import MilesClient
 
-pytestmark = pytest.mark.slow
-
 STEPS = 9
 LEARNT = 7
 """Steps after which the policy hardly moves any more."""
@@ -90,6 +88,7 @@ def test_a_draft_falls_behind_the_policy_until_a_version_comes_that_was_trained_
     assert steps[-1]["rollout/raw_reward"] > 4 * steps[0]["rollout/raw_reward"], "the policy has moved"
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_trained_at_every_step_keeps_up_and_changes_no_response(
     client: MilesClient, folder: pathlib.Path, rewards: HeldRewards
 ) -> None:
