@@ -79,6 +79,11 @@ def test_a_draft_learns_leaves_the_gpu_and_goes_on_and_its_drafts_are_accepted(k
     assert drafting.proposer.weights is not None
     drafting.proposer.weights.load(1, drafting.proposer.weights.check(dict(learner.export())))
     responses = driver.run(*requests)
-    assert {name: each.alike() for name, each in responses.items()} == {n: e.alike() for n, e in without.items()}
+    assert responses.keys() == without.keys()
+    for name, response in responses.items():
+        # An engine without drafts pads its steps to another number of rows, so that last bits may differ.
+        (tokens, log_probs, *rest), (expected, expected_log_probs, *others) = response.alike(), without[name].alike()
+        assert (tokens, rest) == (expected, others)
+        assert log_probs == pytest.approx(expected_log_probs, abs=1e-4)
     counts = drafting.state.counts[-1]
     assert 1 + counts.accepted_draft_tokens / counts.verify_count > 2.5

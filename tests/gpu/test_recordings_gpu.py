@@ -63,7 +63,7 @@ def test_in_bfloat16_they_are_near(tmp_path: pathlib.Path, changes: dict[str, An
         for layer in LAYERS:
             assert other.hidden_TD[layer].dtype == torch.bfloat16
             difference = (one.hidden_TD[layer] - other.hidden_TD[layer].float()).abs().mean()
-            assert difference < 0.02 * one.hidden_TD[layer].abs().mean()
+            assert difference < 0.05 * one.hidden_TD[layer].abs().mean()
         assert (one.top_log_probs_RK - other.top_log_probs_RK).abs().mean() < 0.05
 
 
