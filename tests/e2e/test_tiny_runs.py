@@ -156,7 +156,7 @@ def test_a_trainer_that_leaves_between_its_steps_trains_the_same(
 def test_what_a_turn_leaves_over_waits_for_the_next(services: MilesClient, tiny_dense: pathlib.Path) -> None:
     """Surplus groups are begun and preempted, and no group is generated while the trainer has its turn."""
     config = settings(tiny_dense, name="turns", num_rollout=6, colocate=True, offload_train=True, save_interval=3)
-    config |= {"offload_rollout": False, "partial_rollout": True, "trace_steps": [3]}
+    config |= {"offload_rollout": False, "partial_rollout": True, "trace_steps": [2, 3, 4]}
     config |= {"use_wandb": True, "wandb_mode": "offline", "use_mlflow": True, "use_tensorboard": True}
     config["over_sampling_batch_size"] = 2 * config["rollout_batch_size"]
     config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
@@ -166,14 +166,17 @@ def test_what_a_turn_leaves_over_waits_for_the_next(services: MilesClient, tiny_
     staleness = [line["rollout/fully_async/max_staleness"] for line in records.metrics()]
     assert len(staleness) == 6
     assert set(staleness) == {0, 1}
-    processes = read_trace(records.run_dir, 3).processes
-    generating = [span for span in processes["rollout-0"] if span.name == "engine request"]
-    [training] = [span for span in processes["controller"] if span.name == "train call"]
-    assert generating
+    requests = 0
+    for step in config["trace_steps"]:  # one of them may live on what was left over alone
+        processes = read_trace(records.run_dir, step).processes
+        generating = [span for span in processes["rollout-0"] if span.name == "engine request"]
+        [training] = [span for span in processes["controller"] if span.name == "train call"]
+        assert not [span for span in generating if span.begin_ns < training.end_ns and training.begin_ns < span.end_ns]
+        requests += len(generating)
+    assert requests
     assert list((records.run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert list((records.run_dir / "tensorboard" / "turns").iterdir())
     assert (records.run_dir / "mlflow" / "mlflow.db").stat().st_size > 0
-    assert not [span for span in generating if span.begin_ns < training.end_ns and training.begin_ns < span.end_ns]
 
 
 def test_each_half_of_a_run_runs_alone(services: MilesClient, tiny_dense: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 
 import pytest
 from config_cases import MINIMAL
@@ -68,6 +69,10 @@ def test_weights_and_biases_gets_every_number_offline(tmp_path: pathlib.Path) ->
     assert write_run(tmp_path, [0.5, 0.25], **settings) == []
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     run, history = wandb_records(file)
+    deadline = time.monotonic() + 60
+    while len(history) < 2 and time.monotonic() < deadline:  # its own process writes, in its own time
+        time.sleep(0.1)
+        run, history = wandb_records(file)
     assert run == {
         "run_id": JOB, "project": "p", "run_group": "g_01234567", "display_name": "g_01234567", "lr": "3e-06",
         "wandb_key": "[redacted]",
