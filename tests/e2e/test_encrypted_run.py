@@ -54,7 +54,7 @@ def test_a_job_runs_with_every_connection_encrypted_and_both_ends_verified(
     assert job["policy_version"] == 3
     controller = (tmp_path / "runs" / "serve" / "controller.address").read_text()
     servers = {worker["kind"]: worker["address"] for worker in client.workers()} | {"controller": controller}
-    assert set(servers) == {"controller", "rollout", "trainer", "reward", "weightsync"}
+    assert set(servers) == {"controller", "rollout", "trainer", "draft_trainer", "reward", "weightsync"}
     trusted = TlsFiles.from_environment(files)
     (tmp_path / "elsewhere").mkdir()
     stranger = Authority(tmp_path / "elsewhere", "theirs").issue("stranger")
