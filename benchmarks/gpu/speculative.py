@@ -36,7 +36,6 @@ from benchmarks.gpu.run_table import hardware, versions
 from miles.drafts.folders import trained_dir
 
 RECIPE = "examples/smollm2_chain_sum/config.yaml"
-STEPS = 3
 PROMPT_TOKENS = 120
 """Room for each prompt, and for drafts."""
 SERVER_FLAGS: Mapping[str, Any] = {
@@ -47,9 +46,7 @@ SERVER_FLAGS: Mapping[str, Any] = {
     "log_level": "warning",
 }
 SPECULATION: Mapping[str, Any] = {
-    "speculative_num_steps": STEPS,
     "speculative_eagle_topk": 1,
-    "speculative_num_draft_tokens": STEPS + 1,
     "speculative_adaptive": False,
 }
 
@@ -85,6 +82,7 @@ def speculation(args: argparse.Namespace) -> dict[str, Any]:
     """SGLang's flags of speculation for the draft of a folder."""
     is_head = "Eagle3" in json.loads((args.draft / "config.json").read_text())["architectures"][0]
     flags = {"speculative_algorithm": "EAGLE3" if is_head else "STANDALONE", **SPECULATION}
+    flags |= {"speculative_num_steps": args.draft_steps, "speculative_num_draft_tokens": args.draft_steps + 1}
     flags["speculative_draft_model_path"] = str(args.draft)
     if is_head and args.engine == "sglang":
         flags["speculative_use_rejection_sampling"] = True
@@ -228,6 +226,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--draft-lr", type=float, default=2e-4)
     parser.add_argument("--draft-tokens", type=int, default=32768)
+    parser.add_argument("--draft-steps", type=int, default=3, help="tokens drafted one behind the other")
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=420.0, help="seconds that the runs may take")
