@@ -14,8 +14,9 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
@@ -24,6 +25,8 @@ from miles.weights.base import ReceivedWeights, SendTimes
 from miles.weights.bucketing import match_layout
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import DTYPE_BYTES, ManifestError, checksum_threads
+from miles.weights.staging.ring import pinned_ring
+from miles.weights.staging.to_host import ToHost
 from miles.weights.transports.disk_delta.codec import Bytes, Encoding, encode, pieces
 from miles.weights.transports.disk_delta.files import Base, Index, Reader, Stored, write_file
 from miles.weights.transports.disk_delta.reader import FolderReader
@@ -54,8 +57,8 @@ class DiskDeltaTransport:
         folder = pathlib.Path(handle.disk_delta.partial_path)
         folder.mkdir(parents=True, exist_ok=True)
         encoded = [
-            self._encode(handle, descriptor, tensor, lasting)
-            for descriptor, tensor in match_layout(descriptors, tensors)
+            self._encode(handle, descriptor, new)
+            for descriptor, new in self._on_host(match_layout(descriptors, tensors), copied=not lasting)
         ]
         stored = [_gather(each) for each in encoded]
         encoding_s = time.monotonic() - began
@@ -110,15 +113,27 @@ class DiskDeltaTransport:
         self._reader.forget()
         self._threads.shutdown()
 
+    def _on_host(
+        self, pairs: Iterable[tuple[policy_pb2.TensorDescriptor, torch.Tensor]], *, copied: bool
+    ) -> Iterator[tuple[policy_pb2.TensorDescriptor, Bytes]]:
+        """Each tensor's bytes in its descriptor's type; those of a GPU's come after all of the others'."""
+        arriving: list[tuple[policy_pb2.TensorDescriptor, Bytes]] = []
+        with ToHost(pinned_ring(), self._threads) as from_gpu:
+            for descriptor, tensor in pairs:
+                if tensor.is_cuda:
+                    arriving.append((descriptor, np.empty(descriptor.nbytes, np.uint8)))
+                    from_gpu.add(descriptor, tensor, arriving[-1][1])
+                else:
+                    yield descriptor, _bytes_of(tensor, descriptor, copied=copied)
+        yield from arriving
+
     def _encode(
         self,
         handle: weightsync_pb2.TransportHandle,
         descriptor: policy_pb2.TensorDescriptor,
-        tensor: torch.Tensor,
-        lasting: bool,
+        new: Bytes,
     ) -> _Encoded:
-        """Copy a tensor, unless it lasts, and begin to encode it on other threads."""
-        new = _bytes_of(tensor, descriptor, copied=not lasting)
+        """Begin to encode a tensor, of which nobody changes the bytes, on other threads."""
         delta, itemsize = handle.disk_delta, DTYPE_BYTES[descriptor.dtype]
         before = self._kept.get(descriptor.name)
         unchanged = before is not None and _same_memory(before.data, new)
@@ -158,9 +173,9 @@ class _Encoded:
 
 
 def _bytes_of(tensor: torch.Tensor, descriptor: policy_pb2.TensorDescriptor, *, copied: bool) -> Bytes:
-    """A tensor's bytes in the descriptor's type, copied where that is asked for or cannot be avoided."""
+    """Bytes of a tensor in host memory in the descriptor's type, copied where that is asked for or unavoidable."""
     dtype = TORCH_DTYPE[descriptor.dtype]
-    if copied or tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+    if copied or tensor.dtype != dtype or not tensor.is_contiguous():
         tensor = torch.empty(tuple(descriptor.shape), dtype=dtype).copy_(tensor)
     data: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
     return data

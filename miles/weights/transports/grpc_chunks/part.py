@@ -11,6 +11,8 @@ from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
 from miles.weights.bucketing import match_layout
 from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.staging.ring import pinned_ring
+from miles.weights.staging.to_host import ToHost
 from miles.weights.transports.grpc_chunks.chunks import cut
 
 Named = tuple[str, torch.Tensor]
@@ -31,7 +33,8 @@ class Part:
         """Offset in the version's buffer."""
         self._descriptors = descriptors
         self._tensors: Sequence[Named] = ()
-        data = self._data = _flat(descriptors, tensors)
+        self._threads = threads
+        data = self._data = _flat(descriptors, tensors, threads)
         list(threads.map(lambda d: _set_checksum(d, data[d.offset - begin :][: d.nbytes]), descriptors))
         self.chunks = cut(data, begin, chunk_bytes, threads)
 
@@ -52,17 +55,25 @@ class Part:
     def restore(self) -> None:
         """Have the bytes again if the tensors were kept instead."""
         if self._tensors:
-            self._data = _flat(self._descriptors, self._tensors)
+            self._data = _flat(self._descriptors, self._tensors, self._threads)
 
 
-def _flat(descriptors: Sequence[policy_pb2.TensorDescriptor], tensors: Iterable[Named]) -> memoryview:
-    """Copy a bucket's tensors to where their descriptors say; gaps between them are zero."""
+def _flat(
+    descriptors: Sequence[policy_pb2.TensorDescriptor], tensors: Iterable[Named], threads: concurrent.futures.Executor
+) -> memoryview:
+    """Copy a bucket's tensors to where their descriptors say; gaps between them are zero.
+
+    Those on a GPU have their checksums then, too.
+    """
     begin, last = descriptors[0].offset, descriptors[-1]
     flat = torch.zeros(max(1, last.offset + last.nbytes - begin), dtype=torch.uint8)
-    for descriptor, tensor in match_layout(descriptors, tensors):
-        if descriptor.nbytes:
+    with ToHost(pinned_ring(), threads) as from_gpu:
+        for descriptor, tensor in match_layout(descriptors, tensors):
             part = flat[descriptor.offset - begin : descriptor.offset - begin + descriptor.nbytes]
-            part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)
+            if tensor.is_cuda:
+                from_gpu.add(descriptor, tensor, part.numpy())
+            elif descriptor.nbytes:
+                part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)
     return memoryview(flat.numpy().data)
 
 

@@ -16,6 +16,7 @@ from miles.weights.check import check_weight_update_equal
 from miles.weights.dtypes import TORCH_DTYPE, wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 from miles.weights.registry import create_transport
+from miles.weights.staging.ring import StagingRing
 from miles.weights.transports.shared_memory.transport import SharedMemoryTransport
 
 VERSION = policy_pb2.WeightVersion(job_id="job", stream=policy_pb2.WEIGHT_STREAM_POLICY, version=3)
@@ -76,6 +77,23 @@ def test_dtypes_are_converted_and_strides_do_not_matter_on_the_way(tmp_path: pat
     wanted = master.t().bfloat16()
     handle, manifest = send(tmp_path / "file", {"w": torch.nn.Parameter(master).t()}, {"w": wanted.contiguous()})
     assert SharedMemoryTransport().receive(handle, manifest).tensors["w"].equal(wanted)
+
+
+def test_tensors_that_go_through_staging_buffers_are_the_same_version_after_version(tmp_path: pathlib.Path) -> None:
+    ring = StagingRing(pin_memory=False, slot_bytes=256, slots=2)
+    transport = SharedMemoryTransport(ring, staged=("cpu",))
+    wanted = {"big": torch.empty(50, 7), "empty": torch.empty(0, 2), "small": torch.empty(3), "t": torch.empty(7, 5)}
+    announced = {name: tensor.bfloat16() for name, tensor in wanted.items()}
+    for _ in range(3):
+        masters = {name: torch.randn_like(tensor) for name, tensor in wanted.items()}
+        masters["t"] = torch.randn(5, 7).t()
+        with pytest.raises(ManifestError, match="ended before tensor 't'"):
+            send(tmp_path / "broken", dict(list(masters.items())[:3]), announced, transport)
+        handle, manifest = send(tmp_path / "file", masters, announced, transport)
+        received = SharedMemoryTransport().receive(handle, manifest).tensors
+        assert {name: tensor.tolist() for name, tensor in received.items()} == {
+            name: tensor.bfloat16().tolist() for name, tensor in masters.items()
+        }
 
 
 @pytest.mark.parametrize(

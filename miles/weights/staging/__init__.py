@@ -1,0 +1,1 @@
+"""Copies between device and host memory through a few pinned buffers. Start at `ring`."""
