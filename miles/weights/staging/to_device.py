@@ -1,4 +1,4 @@
-"""Host tensors into one buffer on a device: threads fill the next slots while the device copies those that are full."""
+"""Host memory into one buffer on a device: threads fill the next slots while the device copies those that are full."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,72 +14,93 @@ import torch
 
 from miles.weights.staging.ring import Bytes, Slot, StagingRing
 
+Parts = Sequence[tuple[int, Bytes]]
+"""Bytes by the offset where they belong; they ascend and do not overlap."""
 
-def fill_on_device(
-    flat: torch.Tensor, parts: Sequence[tuple[int, Bytes]], ring: StagingRing, threads: concurrent.futures.Executor
-) -> None:
-    """Copy parts to their offsets in `flat`, uint8 (n,), on the ring's device; return when they are there.
 
-    Parts ascend and do not overlap; what lies between them is undefined.
+def copy_to_device(flat: torch.Tensor, parts: Parts, ring: StagingRing, threads: concurrent.futures.Executor) -> None:
+    """Copy parts to their offsets in `flat`, uint8 (n,), and return when they are there.
+
+    What lies between parts is undefined afterwards. Any thread may call it, several at once with one ring.
     """
     starts = [start for start, _ in parts]
-    end = min(flat.numel(), max((start + part.size for start, part in parts), default=0))
-    filling: collections.deque[tuple[int, Slot, concurrent.futures.Future[None]]] = collections.deque()
-    at_once = max(1, ring.slots // 2)
-    with _own_stream(ring) as stream, contextlib.ExitStack() as at_end:
-        at_end.callback(_give_back, ring, filling)
+    end = max((start + part.size for start, part in parts), default=0)
+    with _own_stream(flat.device) as stream, contextlib.ExitStack() as at_end:
+        under_way = _UnderWay(flat[:end], ring, stream)
+        at_end.callback(under_way.give_back)
         for begin in range(0, end, ring.slot_bytes):
-            slot = ring.take()
-            here = parts[
-                max(0, bisect.bisect_right(starts, begin) - 1) : bisect.bisect_left(starts, begin + slot.bytes.size)
-            ]
-            filling.append((begin, slot, threads.submit(_fill, slot.bytes, begin, here)))
-            if len(filling) == at_once:
-                _copy_first(flat, filling, ring, stream)
-        while filling:
-            _copy_first(flat, filling, ring, stream)
-        if stream is not None:
-            stream.synchronize()
+            slot = under_way.next_slot()
+            first = max(0, bisect.bisect_right(starts, begin) - 1)
+            last = bisect.bisect_left(starts, begin + ring.slot_bytes)
+            try:
+                filled = threads.submit(_fill, slot.bytes, begin, parts[first:last])
+            except BaseException:
+                ring.give_back(slot)
+                raise
+            under_way.filling.append(_Filling(begin, slot, filled))
+        while under_way.filling:
+            under_way.copy_first()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Filling:
+    """A slot that a thread fills with what belongs from `begin` on."""
+
+    begin: int
+    slot: Slot
+    filled: concurrent.futures.Future[None]
+
+
+class _UnderWay:
+    """The slots that one copy holds, in order."""
+
+    def __init__(self, flat: torch.Tensor, ring: StagingRing, stream: torch.cuda.Stream | None) -> None:
+        self._flat = flat
+        self._ring = ring
+        self._stream = stream
+        self.filling: collections.deque[_Filling] = collections.deque()
+
+    def next_slot(self) -> Slot:
+        """A slot to fill. Others may hold the rest of the ring, so nothing is held while waiting for one."""
+        while self.filling:
+            if len(self.filling) < max(1, self._ring.slots // 2) and (slot := self._ring.take_if_free()) is not None:
+                return slot
+            self.copy_first()
+        return self._ring.take()
+
+    def copy_first(self) -> None:
+        """Have the device copy the slot that comes first, once it is filled, and give it back."""
+        first = self.filling[0]
+        first.filled.result()
+        target = self._flat[first.begin : first.begin + self._ring.slot_bytes]
+        target.copy_(first.slot.memory[: target.numel()], non_blocking=True)
+        first.slot.mark(self._stream)
+        self.filling.popleft()
+        self._ring.give_back(first.slot)
+
+    def give_back(self) -> None:
+        """After an error: give back what no thread writes to any more."""
+        concurrent.futures.wait([each.filled for each in self.filling])
+        for each in self.filling:
+            self._ring.give_back(each.slot)
 
 
 @contextlib.contextmanager
-def _own_stream(ring: StagingRing) -> Iterator[torch.cuda.Stream | None]:
-    """A stream for the copies alone, which begin when what the caller's has to do with the buffer is done."""
-    if ring.device.type != "cuda":
+def _own_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """A stream for these copies alone, which starts when the buffer is free and has ended when the block has."""
+    if device.type != "cuda":
         yield None
         return
-    stream = torch.cuda.Stream(ring.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(ring.device))
-    with torch.cuda.stream(stream):
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(stream.synchronize)  # after an error, too: the buffer may be freed next
+        at_end.enter_context(torch.cuda.stream(stream))
         yield stream
 
 
-def _copy_first(
-    flat: torch.Tensor,
-    filling: collections.deque[tuple[int, Slot, concurrent.futures.Future[None]]],
-    ring: StagingRing,
-    stream: torch.cuda.Stream | None,
-) -> None:
-    begin, slot, filled = filling[0]
-    filled.result()
-    target = flat[begin : begin + slot.bytes.size]
-    target.copy_(slot.memory[: target.numel()], non_blocking=True)
-    slot.mark(stream)
-    filling.popleft()
-    ring.give_back(slot)
-
-
-def _give_back(
-    ring: StagingRing, filling: collections.deque[tuple[int, Slot, concurrent.futures.Future[None]]]
-) -> None:
-    """After an error: give slots back once no thread writes to them."""
-    concurrent.futures.wait([filled for _, _, filled in filling])
-    for _, slot, _ in filling:
-        ring.give_back(slot)
-
-
-def _fill(target: Bytes, begin: int, parts: Sequence[tuple[int, Bytes]]) -> None:
-    """Copy what lies in the bytes from `begin` on that the target stands for."""
+def _fill(target: Bytes, begin: int, parts: Parts) -> None:
+    """Copy what belongs into the bytes from `begin` on, for which `target` stands."""
     for start, part in parts:
         low, high = max(start, begin), min(start + part.size, begin + target.size)
         if low < high:
