@@ -35,7 +35,7 @@ class Slot:
     def mark(self, stream: torch.cuda.Stream | None) -> None:
         """Note that the slot is in use until the stream has done what it has been given; None: nothing is under way."""
         if stream is not None:
-            self._used = torch.cuda.Event(blocking=True)  # who waits must not spin: others need the cores to copy
+            self._used = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # spinning takes cores
             self._used.record(stream)
 
     def wait(self) -> None:
@@ -93,8 +93,8 @@ class StagingRing:
         with self._lock:
             if not self._allocated:
                 memory = torch.empty(self.slots * self.slot_bytes, dtype=torch.uint8, pin_memory=self._pin_memory)
-                for part in memory.split(self.slot_bytes):
-                    self._free.put(Slot(part))
+                for begin in range(0, memory.numel(), self.slot_bytes):
+                    self._free.put(Slot(memory[begin : begin + self.slot_bytes]))
                 self._allocated = True
 
 

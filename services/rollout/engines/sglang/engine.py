@@ -32,7 +32,6 @@ from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
 from miles.services.rollout.engines.sglang.speculative.drafting import Drafting
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
-from miles.tasks import cancelled_at_end
 from miles.types import SpeculativeStats
 from miles.weights.registry import create_transport
 
@@ -202,20 +201,19 @@ class SglangEngine:
         self._loader.check(tensors)
         async with self._lock:
             paused = self._pause_mode
-            self._dispatcher.held = True
-            began = time.monotonic()
-            staging = asyncio.create_task(self._loader.stage(tensors))
-            async with cancelled_at_end(staging):
+            async with self._loader.staged(tensors) as staged:
+                self._dispatcher.held = True
+                began = time.monotonic()
                 if paused is None and not self._released:
                     await self._servers.pause("in_place", updates=True)
-                staged = await staging
-            # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
-            await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE), staged=staged)
-            self._released = False
-            if paused is None:
-                await self._servers.resume()
-                self._dispatcher.let_go()
-            return time.monotonic() - began
+                # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
+                await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE), staged=staged)
+                self._released = False
+                if paused is None:
+                    await self._servers.resume()
+                    self._dispatcher.let_go()
+                pause_s = time.monotonic() - began
+            return pause_s
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
         """Build the receiver of new weights; with weight_path "distributed", broadcasts bypass this process."""

@@ -10,12 +10,13 @@ import base64
 import dataclasses
 import io
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 
 from miles.weights.bucketing import buckets
+from miles.weights.staging.to_device import Parts
 
 NamedTensor = tuple[str, torch.Tensor]
 
@@ -91,13 +92,8 @@ def _in_common(tensors: Sequence[NamedTensor]) -> Bucket | None:
 
 
 def _copied(tensors: Sequence[NamedTensor]) -> Bucket:
-    entries = []
-    end = 0
-    for name, tensor in tensors:
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + tensor.nbytes
-        entries.append(_entry(name, tensor, start))
-    flat = torch.empty(max(end, 1), dtype=torch.uint8, device=tensors[0][1].device)
+    entries, nbytes = _arranged(tensors)
+    flat = torch.empty(nbytes, dtype=torch.uint8, device=tensors[0][1].device)
     if not flat.is_cuda:
         flat.share_memory_()  # type: ignore[no-untyped-call]
     for entry, (_, tensor) in zip(entries, tensors, strict=True):
@@ -107,6 +103,32 @@ def _copied(tensors: Sequence[NamedTensor]) -> Bucket:
     if flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()
     return Bucket(flat, entries, in_place=False)
+
+
+def flatten_to(
+    device: torch.device, tensors: Sequence[NamedTensor], fill: Callable[[torch.Tensor, Parts], None]
+) -> Bucket:
+    """A buffer on a device of tensors in host memory, which `fill` copies there.
+
+    The buffer may be dropped once its readers have answered. Torch keeps the memory of what it handed over until they
+    have let go of it, and letting go waits until their copies are done.
+    """
+    entries, nbytes = _arranged(tensors)
+    flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    sources = (tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in tensors)
+    fill(flat, [(entry.start_idx, source) for entry, source in zip(entries, sources, strict=True)])
+    return Bucket(flat, entries, in_place=False)
+
+
+def _arranged(tensors: Sequence[NamedTensor]) -> tuple[list[types.SimpleNamespace], int]:
+    """Positions of tensors one after the other, and the bytes of a buffer for them."""
+    entries = []
+    end = 0
+    for name, tensor in tensors:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + tensor.nbytes
+        entries.append(_entry(name, tensor, start))
+    return entries, max(end, 1)
 
 
 def _entry(name: str, tensor: torch.Tensor, start: int) -> types.SimpleNamespace:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from miles.services.rollout.engines.sglang.weights import checker
 from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor, share_by_name
 from miles.services.rollout.engines.sglang.weights.checker import Checksum, Selector
 from miles.services.rollout.engines.sglang.weights.files import write_files
+from miles.services.rollout.engines.sglang.weights.gpu_buckets import GpuBuckets
 from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, read_layout
 from miles.services.rollout.engines.sglang.weights.remote import RemoteWeights
 from miles.services.rollout.engines.sglang.weights.staging import StagedWeights
@@ -55,6 +56,7 @@ class WeightLoader:
         self._sums: dict[Selector, tuple[bytes, str]] = {}
         """For the last version received by broadcast: its manifest's checksum, and that of the servers."""
         self._released = False
+        self._gpu_buckets = GpuBuckets()
         self._files = contextlib.ExitStack()
         """Holds the folder that describes the model to servers, if they need one."""
         self.tensors: Mapping[str, torch.Tensor] = {}
@@ -89,6 +91,7 @@ class WeightLoader:
 
     def close(self) -> None:
         """Remove what servers were started from."""
+        self._gpu_buckets.close()
         self._files.close()
 
     def _served_model(self) -> ServedModel:
@@ -115,14 +118,21 @@ class WeightLoader:
         """Raise WeightsRefused when these are not the tensors that the trainer is to publish."""
         self._layout.refuse_misfits(tensors, self._dtype)
 
-    async def stage(self, tensors: Mapping[str, torch.Tensor]) -> StagedWeights | None:
-        """Make ready what `load` hands to the servers, while they may still generate; None when there is nothing."""
-        if isinstance(tensors, RemoteWeights):
-            return None
+    @contextlib.asynccontextmanager
+    async def staged(self, tensors: Mapping[str, torch.Tensor]) -> AsyncIterator[StagedWeights | None]:
+        """Make ready what `load` hands to the servers, while they may still generate; None when there is nothing.
+
+        Nothing is made while the servers' memory is released, which they are to find free when they take it back.
+        """
+        if isinstance(tensors, RemoteWeights) or self._released:
+            yield None
+            return
         staged = await asyncio.to_thread(self._staged, tensors, self._selector)
-        if self._options.weight_path != "disk":
-            await staged.stage()
-        return staged
+        async with contextlib.AsyncExitStack() as at_end:
+            at_end.push_async_callback(staged.close)
+            if self._options.weight_path != "disk":
+                await staged.stage([self._gpu_of(replica) for replica in self._servers.replicas if replica.up])
+            yield staged
 
     async def load(
         self,
@@ -132,7 +142,7 @@ class WeightLoader:
         flush: bool,
         staged: StagedWeights | None = None,
     ) -> None:
-        """Load a version into paused servers, from what `stage` made of it, if it did.
+        """Load a version into paused servers, from what `staged` made of it, if it did.
 
         `flush` also the caches of those that hold requests, which must not find what older weights computed.
 
@@ -255,7 +265,16 @@ class WeightLoader:
 
     def _staged(self, tensors: Mapping[str, torch.Tensor], selector: Selector) -> StagedWeights:
         named = list(tensors.items()) if selector == "draft" else self._named(tensors)
-        return StagedWeights(named, self._options.bucket_bytes)
+        return StagedWeights(named, self._options.bucket_bytes, self._gpu_buckets)
+
+    def _gpu_of(self, replica: Replica) -> torch.device | None:
+        """The GPU on which a server reads buckets; None: it reads them in host memory, or where the tensors are.
+
+        Each rank of a larger server copies its own part from the host, and an attached server's GPU is not known.
+        """
+        if not self._options.on_gpu or not replica.managed or replica.ranks > 1:
+            return None
+        return torch.device("cuda", self._options.first_gpu_of(replica.index))
 
     async def _push(
         self,
@@ -268,16 +287,24 @@ class WeightLoader:
         if isinstance(tensors, RemoteWeights):
             await self._push_remote(replicas, version, tensors, selector)
             return
-        if staged is None:
-            staged = self._staged(tensors, selector)
-        if self._options.weight_path == "disk" and selector != "draft":
-            await self._push_files(replicas, version, staged.parts)
-            return
-        ready = staged
+        async with contextlib.AsyncExitStack() as at_end:
+            if staged is None:
+                staged = self._staged(tensors, selector)
+                at_end.push_async_callback(staged.close)
+            if self._options.weight_path == "disk" and selector != "draft":
+                await self._push_files(replicas, version, staged.parts)
+            else:
+                await self._push_buckets(replicas, version, selector, staged)
+
+    async def _push_buckets(
+        self, replicas: Sequence[Replica], version: int | None, selector: Selector, ready: StagedWeights
+    ) -> None:
+        readers = await ready.join([self._gpu_of(replica) for replica in replicas])
+        reader_of = dict(zip(replicas, readers, strict=True))
 
         async def update(replica: Replica) -> None:
-            push = self._update(replica, version, selector)
-            await push.from_tensors(ready.buckets(len(replicas)))
+            with reader_of[replica] as reader:
+                await self._update(replica, version, selector).from_tensors(reader.buckets())
             if ready.copied_on_gpu and not replica.drains_in_updates:
                 await replica.drain()
 
