@@ -18,6 +18,12 @@ Parts = Sequence[tuple[int, Bytes]]
 """Bytes by the offset where they belong; they ascend and do not overlap."""
 
 
+def host_bytes(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a tensor in host memory, without copying them unless it has strides."""
+    data: Bytes = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data
+
+
 def copy_to_device(flat: torch.Tensor, parts: Parts, ring: StagingRing, threads: concurrent.futures.Executor) -> None:
     """Copy parts to their offsets in `flat`, uint8 (n,), and return when they are there.
 

@@ -31,6 +31,7 @@ from miles.services.rollout.engines.torch.generation.sequence import Sequence
 from miles.services.rollout.engines.torch.model.architecture import model_shape, read_checkpoint
 from miles.services.rollout.engines.torch.worker import Worker
 from miles.weights.registry import create_transport
+from miles.weights.staging.ahead import AheadOnDevice
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import TransportKind
@@ -85,6 +86,7 @@ class TorchEngine:
         self._hf_checkpoint = pathlib.Path(hf_checkpoint)
         self._dtype = _DTYPES[dtype]
         self._device = torch.device(device)
+        self._ahead = AheadOnDevice(self._device) if self._device.type == "cuda" else None
         self._max_running_requests = max_running_requests
         self._max_total_tokens = max_total_tokens
         self._options = functools.partial(
@@ -160,6 +162,8 @@ class TorchEngine:
 
     async def close(self) -> None:
         """Abort everything and free the model."""
+        if self._ahead is not None:
+            self._ahead.close()
         if self._worker is None:
             return
         worker, self._worker = self._worker, None
@@ -215,7 +219,8 @@ class TorchEngine:
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightsRefused before anything changed if a name, shape or dtype does not match.
 
-        Quantised weights are dequantised first, while decoding continues.
+        Quantised weights are dequantised first, and weights in host memory copied to a GPU that has room for them, while
+        decoding continues.
         """
         generator = self._started().generator
         quantised = generator.quantised
@@ -223,7 +228,9 @@ class TorchEngine:
         if quantised is not None:
             parts = await asyncio.to_thread(quantised.parts_of, tensors)
             tensors = await asyncio.to_thread(quantised.restored, tensors, parts)
-        checked = generator.parameters.check(tensors)
+        checked: Mapping[str, torch.Tensor] = generator.parameters.check(tensors)
+        if self._ahead is not None:
+            checked = await asyncio.to_thread(self._ahead.copied, checked)
         pause_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
         if quantised is not None:
             quantised.keep(parts)

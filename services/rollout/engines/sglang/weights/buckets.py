@@ -16,7 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 
 from miles.weights.bucketing import buckets
-from miles.weights.staging.to_device import Parts
+from miles.weights.staging.to_device import Parts, host_bytes
 
 NamedTensor = tuple[str, torch.Tensor]
 
@@ -115,8 +115,7 @@ def flatten_to(
     """
     entries, nbytes = _arranged(tensors)
     flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    sources = (tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in tensors)
-    fill(flat, [(entry.start_idx, source) for entry, source in zip(entries, sources, strict=True)])
+    fill(flat, [(entry.start_idx, host_bytes(tensor)) for entry, (_, tensor) in zip(entries, tensors, strict=True)])
     return Bucket(flat, entries, in_place=False)
 
 

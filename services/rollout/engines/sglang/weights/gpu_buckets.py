@@ -16,18 +16,11 @@ import torch
 
 from miles.services.rollout.engines.sglang.weights.buckets import Bucket, NamedTensor, flatten, flatten_to, in_buckets
 from miles.weights.manifest import checksum_threads
+from miles.weights.staging.ahead import PART_OF_FREE, free_bytes
 from miles.weights.staging.ring import StagingRing, pinned_ring
 from miles.weights.staging.to_device import Parts, copy_to_device
 
 log = logging.getLogger(__name__)
-
-_PART_OF_FREE = 2
-"""Buckets take at most this part of what is free on a GPU, a half: others may need memory meanwhile."""
-
-
-def free_bytes(gpu: torch.device) -> int:
-    """What is free on a GPU."""
-    return int(torch.cuda.mem_get_info(gpu)[0])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +48,7 @@ class GpuBuckets:
         Everything is one bucket if it fits, which is then all there before the server pauses.
         """
         try:
-            room = self._free_bytes(gpu) // _PART_OF_FREE
+            room = self._free_bytes(gpu) // PART_OF_FREE
         except RuntimeError as error:  # no room for a context either
             log.warning("weights go through shared memory, more slowly: %s", error)
             return None
