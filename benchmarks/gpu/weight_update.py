@@ -1,10 +1,12 @@
 """Pause time of an SGLang engine in a weight update, by source of the weights, compared with device copies.
 
     python -m benchmarks.gpu.weight_update
+    python -m benchmarks.gpu.weight_update --sources host --rounds 3
 
 A 2 B model (4 GB in bfloat16) is served by one SGLang server; its weights come as tensors on the same GPU, handed over
-as CUDA IPC handles, or as tensors in host memory, handed over in shared memory. The pause is what `load_weights`
-returns: from the order to pause until the server decodes again. `copy` is what the device needs to copy as many bytes.
+as CUDA IPC handles, or as tensors in host memory, which go through staging buffers to the GPU first. The pause is what
+`load_weights` returns: from the order to pause until the server decodes again; `whole` is all of the call, with what
+comes before the pause. `copy` is what the device needs to copy as many bytes.
 """
 
 from __future__ import annotations
@@ -74,19 +76,21 @@ async def under_way(engine: SglangEngine, count: int) -> list[asyncio.Task[int]]
     return tasks
 
 
-async def load(engine: SglangEngine, version: int, weights: Weights, mode: PauseMode) -> float:
-    """One update as the rollout service makes it; its pause time in seconds."""
+async def load(engine: SglangEngine, version: int, weights: Weights, mode: PauseMode) -> tuple[float, float]:
+    """One update as the rollout service makes it; its pause, and all of it, in seconds."""
     began = time.perf_counter()
     if mode is PauseMode.IN_PLACE:
-        return await engine.load_weights(version, weights)
+        pause_s = await engine.load_weights(version, weights)
+        return pause_s, time.perf_counter() - began
     await engine.pause(mode)
     await engine.load_weights(version, weights)
     await engine.resume()
-    return time.perf_counter() - began
+    whole_s = time.perf_counter() - began
+    return whole_s, whole_s
 
 
-async def measure(args: argparse.Namespace, folder: pathlib.Path) -> list[tuple[str, list[float], int]]:
-    """Rows of the table: what, seconds of each round, bytes."""
+async def measure(args: argparse.Namespace, folder: pathlib.Path) -> list[tuple[str, list[tuple[float, float]], int]]:
+    """Rows of the table: what, seconds of each round (pause, whole), bytes."""
     on_gpu = args.device == "cuda"
     flags: dict[str, Any] = dict(GPU_FLAGS if on_gpu else CPU_FLAGS)
     flags |= {"load_format": "dummy", "max_total_tokens": RUNNING * 2200}
@@ -101,7 +105,7 @@ async def measure(args: argparse.Namespace, folder: pathlib.Path) -> list[tuple[
         **({"python": args.python} if args.python else {}),
     )
     engine = SglangEngine(options)
-    rows: list[tuple[str, list[float], int]] = []
+    rows: list[tuple[str, list[tuple[float, float]], int]] = []
     try:
         began = time.perf_counter()
         await engine.start()
@@ -109,10 +113,10 @@ async def measure(args: argparse.Namespace, folder: pathlib.Path) -> list[tuple[
         sets = [random_weights(folder, args.device, seed) for seed in (1, 2)]
         nbytes = sum(tensor.nbytes for tensor in sets[0].values())
         if on_gpu:
-            rows.append(("copy on the device", [copy_seconds(sets[0])], nbytes))
+            rows.append(("copy on the device", [(copy_seconds(sets[0]),) * 2], nbytes))
         version = 0
         for where, source in (("GPU", sets), ("host", [{k: t.cpu() for k, t in each.items()} for each in sets])):
-            if where == "GPU" and not on_gpu:
+            if where not in args.sources or (where == "GPU" and not on_gpu):
                 continue
             for mode, running in ((PauseMode.IN_PLACE, 0), (PauseMode.IN_PLACE, RUNNING), (PauseMode.RETRACT, RUNNING)):
                 tasks = await under_way(engine, running) if running else []
@@ -126,7 +130,7 @@ async def measure(args: argparse.Namespace, folder: pathlib.Path) -> list[tuple[
                 await asyncio.gather(*tasks)
         began = time.perf_counter()
         await engine.weight_bytes()
-        rows.append(("proof that the server holds them", [time.perf_counter() - began], nbytes))
+        rows.append(("proof that the server holds them", [(time.perf_counter() - began,) * 2], nbytes))
     finally:
         await engine.close()
     return rows
@@ -137,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="large", choices=["large", "dense"])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--sources", nargs="+", default=["GPU", "host"], choices=["GPU", "host"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")
     parser.add_argument("--logs", type=pathlib.Path, help="folder for the server's log")
@@ -144,11 +149,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weight-update-") as folder:
         path = write_checkpoint(pathlib.Path(folder), args.model, weights=False)
         rows = asyncio.run(measure(args, path))
-    print(f"\n{'weights':<40}{'GB':>7}{'median s':>10}{'worst s':>10}{'GB/s':>9}")
+    print(f"\n{'weights':<40}{'GB':>7}{'median s':>10}{'worst s':>10}{'s/GB':>9}{'GB/s':>9}{'whole s':>9}")
     for what, times, nbytes in rows:
-        median = statistics.median(times)
-        rate = nbytes / 1e9 / median
-        print(f"{what:<40}{nbytes / 1e9:>7.2f}{median:>10.4f}{max(times):>10.4f}{rate:>9.1f}")
+        pauses = [pause_s for pause_s, _ in times]
+        median, whole = statistics.median(pauses), statistics.median(whole_s for _, whole_s in times)
+        rate, gigabytes = nbytes / 1e9 / median, nbytes / 1e9
+        print(
+            f"{what:<40}{gigabytes:>7.2f}{median:>10.4f}{max(pauses):>10.4f}{median / gigabytes:>9.4f}"
+            f"{rate:>9.1f}{whole:>9.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -212,8 +212,7 @@ class SglangEngine:
                 if paused is None:
                     await self._servers.resume()
                     self._dispatcher.let_go()
-                pause_s = time.monotonic() - began
-            return pause_s
+                return time.monotonic() - began
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
         """Build the receiver of new weights; with weight_path "distributed", broadcasts bypass this process."""

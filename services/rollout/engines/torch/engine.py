@@ -219,8 +219,8 @@ class TorchEngine:
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightsRefused before anything changed if a name, shape or dtype does not match.
 
-        Quantised weights are dequantised first, and weights in host memory copied to a GPU that has room for them, while
-        decoding continues.
+        Quantised weights are dequantised first, and weights in host memory are copied to a GPU that has room for them,
+        while decoding continues.
         """
         generator = self._started().generator
         quantised = generator.quantised

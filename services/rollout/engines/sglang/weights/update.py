@@ -55,7 +55,7 @@ class WeightUpdate:
         self._timeout_s = timeout_s
 
     async def from_tensors(self, parts: AsyncIterator[tuple[Bucket, bool]]) -> None:
-        """Load buckets that the server can map; each comes with whether it is the last. Raises ServerRefused, EngineFailed."""
+        """Load buckets, each with whether it is the last, which the server maps. Raises ServerRefused, EngineFailed."""
         async with self._session():
             async for bucket, last in parts:
                 await self._api.post(
