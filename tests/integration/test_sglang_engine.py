@@ -194,6 +194,21 @@ async def test_an_update_is_served_and_proven(engine: SglangEngine, models: Mode
         assert served.keys() == weights_of(models[0]).keys()
 
 
+async def test_staged_weights_are_served_once_they_are_loaded_and_not_in_place_of_others(
+    engine: SglangEngine, models: Models
+) -> None:
+    assert engine.version is not None
+    before, (first, second) = engine.version, [weights_of(model) for model in models]
+    await engine.stage_weights(second)
+    assert engine.version == before
+    for version, tensors in ((before + 2 - before % 2, first), (before + 3 - before % 2, second)):
+        await engine.load_weights(version, tensors)
+        response = await respond(engine, prompt_of(20, version))
+        expected = reference_log_probs(models[version % 2], prompt_of(20, version), response.tokens)
+        assert largest_difference(response, expected) < 1e-5
+        await engine.stage_weights(second)
+
+
 async def test_an_update_without_requests_is_three_calls(engine: SglangEngine, models: Models) -> None:
     await respond(engine, prompt_of(20, 1))
     for mode in (None, PauseMode.RETRACT):

@@ -186,6 +186,20 @@ async def test_weights_that_do_not_fit_are_refused_before_anything_changed(tmp_p
         assert all(served[name].data_ptr() == tensors[name].data_ptr() for name in tensors)
 
 
+async def test_staged_weights_are_served_once_they_are_loaded_and_not_in_place_of_others(
+    tmp_path: pathlib.Path,
+) -> None:
+    first, second = (weights_of(save_checkpoint(tmp_path, "qwen3", seed=seed)) for seed in (1, 2))
+    async with running_engine(tmp_path, first, version=7) as engine:
+        await engine.stage_weights(second)
+        assert engine.version == 7
+        for version, tensors in ((8, first), (9, second)):
+            await engine.load_weights(version, tensors)
+            served = await engine.weight_bytes()
+            assert all(served[name].data_ptr() == tensors[name].data_ptr() for name in tensors)
+            await engine.stage_weights(second)
+
+
 async def test_a_tied_head_may_be_sent_under_either_name(tmp_path: pathlib.Path) -> None:
     model = save_checkpoint(tmp_path, "llama")
     tensors = weights_of(model)

@@ -196,6 +196,13 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None:
         """Continue decoding."""
 
+    async def stage_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Bring weights to where a load of them takes little time, while requests go on.
+
+        Only the next `load_weights` with this mapping makes use of that; it brings by itself what was not brought.
+        Raises WeightsRefused as that would.
+        """
+
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         """Swap in a full set of weights between two steps; return the pause time in seconds.
 

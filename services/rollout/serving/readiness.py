@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from miles.services.rollout.engines.base import EngineStats, PauseMode, RolloutEngine
@@ -69,20 +70,27 @@ class Serving:
         After a failed load the engine stays paused until one succeeds: its weights may be mixed.
         """
         async with self._order:
+            async with self._held_on_failure():
+                await self._engine.stage_weights(tensors)
             started = time.monotonic()
             if not self._paused and self._update_mode is not PauseMode.IN_PLACE:
                 await self._engine.pause(self._update_mode)
                 self._paused = True
-            try:
+            async with self._held_on_failure():
                 loading_s = await self._engine.load_weights(version, tensors)
-            except BaseException as error:
-                await self._hold(error)
-                raise
             self._loaded_since_quarantine = True
             if self._paused and self._pauses.operation_id is None:
                 await self._engine.resume()
                 self._paused = False
         return loading_s if self._update_mode is PauseMode.IN_PLACE else time.monotonic() - started
+
+    @contextlib.asynccontextmanager
+    async def _held_on_failure(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            await self._hold(error)
+            raise
 
     async def _hold(self, error: BaseException) -> None:
         """Keep the engine paused after a failed load. If that fails too, the load's error is still the one to raise."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.services.rollout.engines.sglang.weights.staging import StagedWeights
     from miles.weights.base import Endpoint, WeightReceiver
 
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 60.0
@@ -68,6 +69,8 @@ class SglangEngine:
         self._drafting = Drafting(options, self._replicas)
         self._lock = asyncio.Lock()
         """Held by whatever pauses, resumes or changes the servers: one at a time."""
+        self._staged: tuple[Mapping[str, torch.Tensor], StagedWeights | None] | None = None
+        """Weights that were staged and not loaded yet, and what they became."""
         self._pause_mode: PauseMode | None = None
         self._released = False
         """Whether the servers' memory was released and nothing has asked for it again."""
@@ -152,6 +155,7 @@ class SglangEngine:
     async def close(self) -> None:
         """End every request and every server that was started here."""
         self._background.cancel()
+        await self._drop_staged()
         await asyncio.gather(*(replica.close() for replica in self._replicas))
         self._drafting.close()
         self._loader.close()
@@ -191,6 +195,25 @@ class SglangEngine:
             self._pause_mode = None
             self._dispatcher.let_go()
 
+    async def stage_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Bring weights to where servers read them fast, while they generate; not while their memory is released.
+
+        Raises WeightsRefused when they do not fit the model.
+        """
+        self._loader.check(tensors)
+        async with self._lock:
+            if self._staged is None or self._staged[0] is not tensors:
+                await self._drop_staged()
+                self._staged = tensors, await self._loader.stage(tensors)
+
+    def _staged_of(self, tensors: Mapping[str, torch.Tensor]) -> StagedWeights | None:
+        return self._staged[1] if self._staged is not None and self._staged[0] is tensors else None
+
+    async def _drop_staged(self) -> None:
+        staged, self._staged = self._staged, None
+        if staged is not None and staged[1] is not None:
+            await staged[1].close()
+
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         """Swap in a full set of weights between two steps; return the pause time in seconds.
 
@@ -198,21 +221,21 @@ class SglangEngine:
         returns. Raises WeightsRefused before anything changed when they do not fit the model. Unless the caller has
         paused the engine, requests continue in place, with the keys and values that they have.
         """
-        self._loader.check(tensors)
-        async with self._lock:
-            paused = self._pause_mode
-            async with self._loader.staged(tensors) as staged:
-                self._dispatcher.held = True
-                began = time.monotonic()
-                if paused is None and not self._released:
-                    await self._servers.pause("in_place", updates=True)
-                # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
-                await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE), staged=staged)
-                self._released = False
-                if paused is None:
-                    await self._servers.resume()
-                    self._dispatcher.let_go()
-                return time.monotonic() - began
+        await self.stage_weights(tensors)
+        async with self._lock, contextlib.AsyncExitStack() as at_end:
+            at_end.push_async_callback(self._drop_staged)
+            paused, staged = self._pause_mode, self._staged_of(tensors)
+            self._dispatcher.held = True
+            began = time.monotonic()
+            if paused is None and not self._released:
+                await self._servers.pause("in_place", updates=True)
+            # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
+            await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE), staged=staged)
+            self._released = False
+            if paused is None:
+                await self._servers.resume()
+                self._dispatcher.let_go()
+            return time.monotonic() - began
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
         """Build the receiver of new weights; with weight_path "distributed", broadcasts bypass this process."""
@@ -240,6 +263,7 @@ class SglangEngine:
             self._dispatcher.held = True
             await self._run_again_to_end()
             await self._dispatcher.interrupt_recorded()
+            await self._drop_staged()
             await self._servers.pause("retract", always=True)  # a scheduler that is not paused uses its memory
             before = self._free_memory()
             await self._loader.release_memory()

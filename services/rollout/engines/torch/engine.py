@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
@@ -39,6 +40,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Staged:
+    """Weights that are ready to be swapped in."""
+
+    given: Mapping[str, torch.Tensor]
+    """As they came."""
+    checked: Mapping[str, torch.Tensor]
+    """As they will be served."""
+    parts: Mapping[str, torch.Tensor]
+    """Of quantised ones, as they came."""
 
 
 class TorchEngine:
@@ -87,6 +100,8 @@ class TorchEngine:
         self._dtype = _DTYPES[dtype]
         self._device = torch.device(device)
         self._ahead = AheadOnDevice(self._device) if self._device.type == "cuda" else None
+        self._staged: _Staged | None = None
+        """Weights that were staged and not loaded yet."""
         self._max_running_requests = max_running_requests
         self._max_total_tokens = max_total_tokens
         self._options = functools.partial(
@@ -213,17 +228,32 @@ class TorchEngine:
         """Continue decoding."""
         await self._call(self._started().resume, "resuming")
 
+    async def stage_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Check weights, dequantise them, and copy them to a GPU that has room for them, while decoding continues.
+
+        Raises WeightsRefused if a name, shape or dtype does not match.
+        """
+        self._staged = None
+        self._staged = await self._stage(tensors)
+
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         """Swap in a full set of weights between two steps; return the pause time in seconds.
 
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightsRefused before anything changed if a name, shape or dtype does not match.
-
-        Quantised weights are dequantised first, and weights in host memory are copied to a GPU that has room for them,
-        while decoding continues.
         """
+        staged, self._staged = self._staged, None
+        if staged is None or staged.given is not tensors:
+            staged = await self._stage(tensors)
+        generator, checked = self._started().generator, staged.checked
+        pause_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
+        if generator.quantised is not None:
+            generator.quantised.keep(staged.parts)
+        return pause_s
+
+    async def _stage(self, given: Mapping[str, torch.Tensor]) -> _Staged:
         generator = self._started().generator
-        quantised = generator.quantised
+        quantised, tensors = generator.quantised, given
         parts: dict[str, torch.Tensor] = {}
         if quantised is not None:
             parts = await asyncio.to_thread(quantised.parts_of, tensors)
@@ -231,10 +261,7 @@ class TorchEngine:
         checked: Mapping[str, torch.Tensor] = generator.parameters.check(tensors)
         if self._ahead is not None:
             checked = await asyncio.to_thread(self._ahead.copied, checked)
-        pause_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
-        if quantised is not None:
-            quantised.keep(parts)
-        return pause_s
+        return _Staged(given, checked, parts)
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
         """Build the receiver that gets the bytes of new weights into this process."""

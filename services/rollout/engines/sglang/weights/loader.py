@@ -7,7 +7,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +118,21 @@ class WeightLoader:
         """Raise WeightsRefused when these are not the tensors that the trainer is to publish."""
         self._layout.refuse_misfits(tensors, self._dtype)
 
-    @contextlib.asynccontextmanager
-    async def staged(self, tensors: Mapping[str, torch.Tensor]) -> AsyncIterator[StagedWeights | None]:
+    async def stage(self, tensors: Mapping[str, torch.Tensor]) -> StagedWeights | None:
         """Make ready what `load` hands to the servers, while they may still generate; None when there is nothing.
 
-        Nothing is made while the servers' memory is released, which they are to find free when they take it back.
+        Nothing is made while the servers' memory is released, which they are to find free when they take it back. The
+        caller closes it.
         """
         if isinstance(tensors, RemoteWeights) or self._released:
-            yield None
-            return
+            return None
         staged = await asyncio.to_thread(self._staged, tensors, self._selector)
-        async with contextlib.AsyncExitStack() as at_end:
-            at_end.push_async_callback(staged.close)
+        async with contextlib.AsyncExitStack() as on_failure:
+            on_failure.push_async_callback(staged.close)
             if self._options.weight_path != "disk":
                 await staged.stage([self._gpu_of(replica) for replica in self._servers.replicas if replica.up])
-            yield staged
+            on_failure.pop_all()
+        return staged
 
     async def load(
         self,
@@ -142,7 +142,7 @@ class WeightLoader:
         flush: bool,
         staged: StagedWeights | None = None,
     ) -> None:
-        """Load a version into paused servers, from what `staged` made of it, if it did.
+        """Load a version into paused servers, from what `stage` made of it, if it did.
 
         `flush` also the caches of those that hold requests, which must not find what older weights computed.
 
