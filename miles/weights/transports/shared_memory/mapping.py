@@ -29,7 +29,8 @@ class WriteMapping:
     def close(self) -> None:
         """Unmap the file."""
         self._close_fd()
-        self.memory.close()
+        with contextlib.suppress(BufferError):  # the error of a failed export may refer to arrays over the file still
+            self.memory.close()
 
 
 class WriteMappings:
