@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import pathlib
 import runpy
 import sys
 from typing import Any
@@ -61,15 +62,15 @@ def run_rank(request: dict[str, Any], rank: int) -> None:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
         os.environ.update({name: str(value) for name, value in {**local, **meeting}.items()})
     first, *rest = request["arguments"]
-    if first == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        exec(rest[0], {"__name__": "__main__"})
-    elif first == "-m":
+    if first == "-m":
         sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = [first, *rest]
-        runpy.run_path(first, run_name="__main__")
+        runpy.run_module(rest[0], run_name="__main__")
+        return
+    code, sys.argv = (
+        (rest[0], ["-c", *rest[1:]]) if first == "-c" else (pathlib.Path(first).read_text(), [first, *rest])
+    )
+    # Not by runpy: a process that multiprocessing spawns begins with the file of `__main__`, and this one is light.
+    exec(compile(code, first, "exec"), {"__name__": "__main__", "__file__": first})
 
 
 if __name__ == "__main__":
