@@ -11,7 +11,7 @@ from miles.drafts.eagle3 import Eagle3Head
 from miles.drafts.head_config import ARCHITECTURE, head_config
 from miles.drafts.packed_batch import pack
 from miles.drafts.recording import RecordedSample
-from miles.drafts.unrolled_attention import PackedRows, UnrolledAttention
+from miles.drafts.unrolled_attention import UnrolledAttention
 
 SIZE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, THETA, EPS = 16, 4, 2, 6, 20, 500.0, 1e-5
 STEPS = 4
@@ -120,8 +120,8 @@ def test_a_packed_unrolled_pass_is_what_serving_computes_row_by_row(layers):
     head = random_head(layers)
     weights = {name: weight.detach() for name, weight in head.named_parameters()}
 
-    batch = pack(samples, (0, 1, 2), torch.device("cpu"))
-    attention = UnrolledAttention(PackedRows(batch.lengths, torch.device("cpu")))
+    batch = pack(samples, (0, 1, 2), STEPS, torch.device("cpu"))
+    attention = UnrolledAttention(batch.rectangles)
     with torch.no_grad():
         hidden = head.fc(batch.hidden_NF.double())
         streams = [
