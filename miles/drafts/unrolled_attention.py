@@ -57,7 +57,9 @@ class PackedRows:
         """Rows [N, H, C] as [B, H, S, C] of each rectangle."""
         slots_P: torch.Tensor = _ToSlots.apply(input_N, self._rows_P, self._places_N)  # type: ignore[no-untyped-call]
         parts = torch.split(slots_P, [blocks * longest for blocks, longest in self.shapes])
-        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [
+            part.view(*shape, *part.shape[1:]).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)
+        ]
 
     def rows(self, rectangles: Sequence[torch.Tensor]) -> torch.Tensor:
         """The reverse of `rectangles`."""

@@ -8,7 +8,7 @@ import torch
 from draft_kit import LAYERS, TOKENS, learner_of, lessons_of, record, save_standalone, teach, tiny_policy
 from recorded import random_sample
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, MambaConfig, MambaForCausalLM
 
 from miles.drafts import head_pass
 from miles.drafts.eagle3_training import TrainableHead
@@ -160,6 +160,13 @@ def test_a_language_model_learns_chunk_by_chunk_what_it_would_at_once(scaled, po
     assert found.loss.item() == pytest.approx(mean.item(), rel=1e-5)
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(module.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_whose_rows_see_other_samples_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 320}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM.*choose a draft model whose layers all have attention"):
+        TrainableLanguageModel(tmp_path, 320, loss="ce", steps=3, device=CPU)
 
 
 def test_batches_have_about_as_many_tokens_and_every_sample_once():

@@ -29,6 +29,8 @@ from miles.services.trainer.backends.masked_attention import attend_last_rows
 from miles.services.trainer.batch.packing import Segment, seen_rows
 
 PACKED_ATTENTION = "miles_packed"
+_HEAD_MULTIPLE = 8
+"""Head sizes of the variable-length kernel are multiples of this."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def packed_attention(
     if attention_plan is None:
         raise ValueError("packed attention needs the micro-batch's plan: pass attention_plan= to the model's forward")
     _refuse_others(module, attention_plan, kwargs)
-    use_varlen = attention_plan.use_varlen and softcap is None  # the kernel has no soft cap
+    fits_kernel = softcap is None and query.shape[-1] % _HEAD_MULTIPLE == 0  # it has no soft cap
+    use_varlen = attention_plan.use_varlen and fits_kernel
     use_tiles = not use_varlen and attention_plan.use_tiles
     # Unlike x[0], squeeze has a view for a gradient.
     q_THD, k_SKD, v_SKD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

@@ -92,3 +92,13 @@ def test_attention_that_is_not_computed_here_is_refused() -> None:
         AttentionPlan(
             pack(SAMPLES, (0,), share_prompts=False).segments, torch.device("cpu"), torch.bfloat16, varlen=True
         )
+
+
+def test_heads_of_a_size_that_the_kernel_has_not_are_computed_without_it() -> None:
+    torch.manual_seed(0)
+    micro_batch = pack(SAMPLES, range(len(SAMPLES)), share_prompts=True)
+    x = torch.randn(1, 1, micro_batch.num_rows, 6)
+    plans = [AttentionPlan(micro_batch.segments, torch.device("cpu"), torch.float32) for _ in range(2)]
+    plans[1].use_varlen = True  # as on CUDA
+    found = [packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan)[0] for plan in plans]
+    assert found[0].equal(found[1])
