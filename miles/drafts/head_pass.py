@@ -17,8 +17,8 @@ from miles.drafts.vocabulary import DraftVocabulary
 Loss = Callable[[torch.Tensor, Targets, DraftVocabulary], torch.Tensor]
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that are in memory at a time, by device: with 16-bit ones, and the loss in float32, 1 GiB on a GPU. Each chunk
-adds to the gradient of the whole head, so that small ones would be slow."""
+"""Logits that are in memory at a time, by device: on a GPU 256 MiB in 16 bits, and at most twice 512 MiB in float32.
+Each chunk adds to the gradient of the whole head, so that small ones would be slow."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

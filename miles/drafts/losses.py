@@ -52,8 +52,8 @@ LOSSES = {"kl": top_k_divergence, "ce": cross_entropy}
 def log_probs_at(logits_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of K tokens of each row, in nats, float32 [N, K]. Its backward pass works once.
 
-    One float32 tensor of the logits' size exists at a time, in which the backward pass leaves their gradient;
-    autograd's own has three, each written and read in full.
+    One float32 tensor of the logits' size is kept, in which the backward pass leaves their gradient; autograd's own has
+    three, each written and read in full.
     """
     found_NK: torch.Tensor = _LogProbsAt.apply(logits_NV, ids_NK)  # type: ignore[no-untyped-call]
     return found_NK

@@ -38,7 +38,7 @@ def lessons(policy: tuple[pathlib.Path, Any]) -> list[RecordedSample]:
 
 def model_of(kind: DraftKind, policy: pathlib.Path, folder: pathlib.Path, device: torch.device) -> Trainable:
     if kind is DraftKind.STANDALONE:
-        save_standalone(folder)
+        save_standalone(folder, head_dim=16)  # which the attention of GPUs has
         return TrainableLanguageModel(folder, 320, loss="kl", steps=STEPS, device=device)
     write_new_head(policy, folder)
     layers = aux_layers(str(folder), LAYERS)
