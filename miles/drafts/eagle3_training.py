@@ -59,9 +59,11 @@ class TrainableHead:
     def learn_from(self, samples: Sequence[RecordedSample]) -> PassResult:
         """Add the gradients of the mean loss over usable samples to the parameters'."""
         device = self._head.fc.weight.device
-        batch = packed_batch.pack(samples, self._layers, device)
+        batch = packed_batch.pack(samples, self._layers, self._steps, device)
+        if self._vocabulary.ids_V.device != device:
+            self._vocabulary = self._vocabulary.to(device)
         with computing_on(device):
-            return learn_from(self._head, batch, self._vocabulary.to(device), self._loss, self._steps)
+            return learn_from(self._head, batch, self._vocabulary, self._loss, self._steps)
 
     def published_name(self, parameter: str) -> str:
         """The name that it has in the folder from which engines started."""
