@@ -96,10 +96,11 @@ def _recorded(policy: Any, part: Sequence[Answer], layers: Sequence[int], temper
     return samples
 
 
-def learner_of(folder: pathlib.Path, layers: Sequence[int], device: str, steps: int, rate: float) -> DraftLearner:
+def learner_of(folder: pathlib.Path, layers: Sequence[int], args: argparse.Namespace) -> DraftLearner:
     """A learner of the head of a folder."""
-    head = TrainableHead(folder, layers, loss="kl", unroll_steps=steps, device=torch.device(device))
-    return DraftLearner(head, LearnerOptions(rate, BATCH_TOKENS, 1, torch.bfloat16))
+    how = {"loss": "kl", "unroll_steps": args.steps, "temperature": args.temperature}
+    head = TrainableHead(folder, layers, device=torch.device(args.device), **how)
+    return DraftLearner(head, LearnerOptions(args.learning_rate, BATCH_TOKENS, 1, torch.bfloat16))
 
 
 def learn(learner: DraftLearner, samples: Sequence[RecordedSample], seconds: float) -> list[dict[str, float]]:
@@ -145,7 +146,7 @@ def main() -> None:
     samples = record(policy, given, layers, args.temperature, args.record_batch)
     del policy
     print(f"recorded after {time.monotonic() - began:.0f} s", flush=True)
-    learner = learner_of(args.out, layers, args.device, args.steps, args.learning_rate)
+    learner = learner_of(args.out, layers, args)
     said = learn(learner, samples, args.seconds)
     learner.save(args.out)
     for part in (said[:3], said[-8:]):

@@ -11,10 +11,9 @@ from collections.abc import Callable
 import torch
 
 from miles.algorithms.vocab_rows import chunks, rows_of
+from miles.drafts.losses import Loss
 from miles.drafts.packed_batch import Targets
 from miles.drafts.vocabulary import DraftVocabulary
-
-Loss = Callable[[torch.Tensor, Targets, DraftVocabulary], torch.Tensor]
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that are in memory at a time, by device: on a GPU 256 MiB in 16 bits, and at most twice 512 MiB in float32.

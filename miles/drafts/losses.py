@@ -5,12 +5,16 @@ Dims: N predicted tokens, V tokens of the draft's vocabulary, K likeliest tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from miles.drafts.packed_batch import Targets
 from miles.drafts.vocabulary import DraftVocabulary
+
+Loss = Callable[[torch.Tensor, Targets, DraftVocabulary], torch.Tensor]
+"""Of rows' logits, float32 [N]."""
 
 _SMALLEST = 1e-6
 """Probability that the draft gives all other tokens at least, in nats' range of float32."""
@@ -45,8 +49,22 @@ def top_k_divergence(logits_NV: torch.Tensor, targets: Targets, vocabulary: Draf
     return torch.where(has_NK[:, 0], losses_N, 0.0)
 
 
-LOSSES = {"kl": top_k_divergence, "ce": cross_entropy}
-"""By the values of `draft_loss`."""
+_LOSSES: dict[str, Loss] = {"kl": top_k_divergence, "ce": cross_entropy}
+
+
+def loss_at(name: str, temperature: float) -> Loss:
+    """The loss that `draft_loss` names, of a draft whose logits are divided by the sampling temperature.
+
+    So are the policy's, and those of a draft that an engine samples from: one that is the policy has nothing to learn.
+    """
+    loss = _LOSSES[name]
+    if temperature == 1:
+        return loss
+
+    def divided(logits_NV: torch.Tensor, targets: Targets, vocabulary: DraftVocabulary) -> torch.Tensor:
+        return loss(logits_NV / temperature, targets, vocabulary)
+
+    return divided
 
 
 def log_probs_at(logits_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:

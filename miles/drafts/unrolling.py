@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from miles.drafts.eagle3 import Eagle3Head
-from miles.drafts.head_pass import Loss, head_pass
-from miles.drafts.losses import chain_length
+from miles.drafts.head_pass import head_pass
+from miles.drafts.losses import Loss, chain_length
 from miles.drafts.packed_batch import PackedBatch
 from miles.drafts.trainable import PassResult
 from miles.drafts.unrolled_attention import UnrolledAttention

@@ -13,7 +13,7 @@ import torch
 
 from miles.drafts.folder import read_tensors, write_draft
 from miles.drafts.head_pass import head_pass
-from miles.drafts.losses import LOSSES, chain_length
+from miles.drafts.losses import chain_length, loss_at
 from miles.drafts.recording import RecordedSample
 from miles.drafts.trainable import PassResult
 from miles.drafts.vocabulary import DraftVocabulary
@@ -41,13 +41,23 @@ class TrainableLanguageModel:
         vocabulary: Tokens of the policy.
         loss: "kl" or "ce".
         steps: Drafts of a verification.
+        temperature: At which the policy samples.
 
     Raises ValueError for a model with fewer tokens than the policy, for one that transformers names otherwise than its
     files do, as engines load it by those, and for one whose rows see others than those before them in their sample.
     """
 
-    def __init__(self, folder: pathlib.Path, vocabulary: int, *, loss: str, steps: int, device: torch.device) -> None:
-        self._folder, self._steps, self._loss = folder, steps, LOSSES[loss]
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        vocabulary: int,
+        *,
+        loss: str,
+        steps: int,
+        device: torch.device,
+        temperature: float = 1.0,
+    ) -> None:
+        self._folder, self._steps, self._loss = folder, steps, loss_at(loss, temperature)
         config = self._config = read_model_config(folder)
         if config.vocab_size < vocabulary:
             raise ValueError(f"{folder} has {config.vocab_size} tokens, and the policy {vocabulary}")

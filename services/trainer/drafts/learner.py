@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,15 +48,14 @@ def create_learner(config: JobConfig, folder: pathlib.Path, device: torch.device
     drafts = config.drafts
     speculation = speculation_of(config.rollout.sglang_args)
     policy = read_model_config(str(config.rollout.hf_checkpoint)).get_text_config()
+    how: dict[str, Any] = {"loss": drafts.draft_loss, "device": device}
+    how["temperature"] = config.rollout.rollout_temperature
     model: Trainable
     if speculation.kind is DraftKind.STANDALONE:
-        model = TrainableLanguageModel(
-            folder, int(policy.vocab_size), loss=drafts.draft_loss, steps=speculation.num_steps, device=device
-        )
+        model = TrainableLanguageModel(folder, int(policy.vocab_size), steps=speculation.num_steps, **how)
     else:
         layers = aux_layers(str(folder), int(policy.num_hidden_layers))
-        steps = drafts.draft_unroll_steps
-        model = TrainableHead(folder, layers, loss=drafts.draft_loss, unroll_steps=steps, device=device)
+        model = TrainableHead(folder, layers, unroll_steps=drafts.draft_unroll_steps, **how)
     dtype = getattr(torch, config.rollout.rollout_dtype)
     options = LearnerOptions(drafts.draft_learning_rate, drafts.draft_batch_tokens, drafts.draft_passes, dtype)
     return DraftLearner(model, options)

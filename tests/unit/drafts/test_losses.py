@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from miles.drafts.losses import chain_length, cross_entropy, log_probs_at, top_k_divergence
+from miles.drafts.losses import chain_length, cross_entropy, log_probs_at, loss_at, top_k_divergence
 from miles.drafts.packed_batch import Targets
 from miles.drafts.vocabulary import DraftVocabulary
 
@@ -25,6 +25,13 @@ def test_divergence_with_all_tokens_is_that_of_the_distributions():
     policy, draft = random_distributions(50, 0), random_distributions(50, 1)
     expected = (policy * (policy.log() - draft.log())).sum(-1)
     torch.testing.assert_close(top_k_divergence(draft.log(), targets_of(policy, 6), WHOLE), expected)
+
+
+def test_a_draft_with_the_logits_of_the_policy_has_nothing_to_learn_at_any_temperature() -> None:
+    logits = random_distributions(20, 4).log()
+    sampled_at = targets_of((logits / 0.6).softmax(-1), 6)
+    assert loss_at("kl", 0.6)(logits, sampled_at, WHOLE).abs().max() < 1e-6
+    assert loss_at("kl", 1.0)(logits, sampled_at, WHOLE).min() > 1e-3
 
 
 def test_other_tokens_count_as_one():
