@@ -12,7 +12,7 @@ MEGATRON := $(shell sed -n 's/^megatron = \[\(.*\)\]/\1/p' pyproject.toml | tr -
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines test-all test-gpu conformance fuzz chaos soak same lint protos clean
+.PHONY: run browser sglang test test-engines test-all test-gpu conformance fuzz chaos soak same lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -27,15 +27,19 @@ test: $(VENV)/.dev browser
 browser:
 	sh tools/get_chromium.sh
 
+# SGLang's environment for the tests of engines, which install it, too.
+sglang: $(SGLANG_VENV)/.ready
+
 # Tests of the engines themselves: inference against plain forward passes, training over several ranks, SGLang's server.
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "engine and not slow"
 
 # Those two and what they leave out, because it takes long and rarely breaks: all of conformance, 46 more parallel layouts
-# of Megatron-Core and 7 more to go on in, checkpoints of it written in the background or read by another optimizer;
-# SGLang's servers with weights of two ranks; whole runs with a critic, with a reward that is no number, without routing
-# replay, that go on in other number types, whose services are killed at random, whose restarted engine has another model,
-# whose draft keeps up from the start, and with a step that is abandoned or hangs when Ctrl-C comes.
+# of Megatron-Core and 7 more to go on in, checkpoints of it that other optimizers read or that a kill interrupts; SGLang's
+# servers with weights of two ranks; whole runs with a critic, with a reward that is no number, with broken data, of a
+# launch script with experts, without routing replay, that go on in other number types, whose services are killed at
+# random, whose restarted engine has another model, whose draft keeps up from the start, and with a step that is
+# abandoned or hangs when Ctrl-C comes.
 test-all: $(VENV)/.megatron $(SGLANG_VENV)/.ready browser
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "not gpu and not chaos"
 
@@ -97,9 +101,9 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,examples]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,examples,dev]'
-	touch $@
+	touch $(VENV)/.run $@
 
 # SGLang for machines without a GPU, apart from the rest: about 2 GB.
 $(SGLANG_VENV)/.ready: $(SGLANG_CPU)/requirements.txt $(SGLANG_CPU)/requirements-no-deps.txt

@@ -217,7 +217,7 @@ def attention(sizes: Sizes) -> list[Measured]:
         row.said = sequences.attention_bytes(
             micro_batch.num_rows, heads=HEADS, kv_heads=KV_HEADS, head_size=HEAD_SIZE, bytes_per_number=4
         )
-        plan = AttentionPlan(micro_batch, torch.device("cpu"), torch.float32)
+        plan = AttentionPlan(micro_batch.segments, torch.device("cpu"), torch.float32)
         with measuring(row):
             out, _ = packed_attention(torch.nn.Identity(), q, k, v, None, attention_plan=plan)
             out.sum().backward()

@@ -1,11 +1,10 @@
-"""An EAGLE-3 head from nothing for a policy of which a small model gives the same answers, trained on these.
+"""An EAGLE-3 head from nothing for a model, trained on its own answers to the prompts of a task.
 
-    python -m examples.smollm2_chain_sum.enlarge --model .cache/smollm2-135m-instruct --out .cache/large
-    python -m benchmarks.gpu.draft_head --policy .cache/large --answers .cache/smollm2-135m-instruct --out .cache/head
+    python -m benchmarks.gpu.draft_head --policy .cache/smollm2-135m-instruct --out .cache/head
+    python -m examples.smollm2_chain_sum.enlarge_head --head .cache/head --out .cache/large-head
 
-The small model (it may be the policy) answers prompts of `--task`; the policy's hidden states and likeliest tokens over
-these are recorded as the trainer records them, and the head learns from them for `--seconds`, as the draft trainer
-would.
+What the model would say, and its hidden states, are recorded as the trainer records them, and the head learns from them
+for `--seconds`, as the draft trainer would. A model that was enlarged takes the head of the small one, enlarged too.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Answer = tuple[list[int], list[int]]
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, texts: Sequence[str], tokens: int, batch: int, temperature: float = 1.0
+    model: Any, tokenizer: Any, texts: Sequence[str], tokens: int, batch: int, temperature: float
 ) -> list[Answer]:
     """A sampled response to each prompt, of at most so many tokens."""
     tokenizer.padding_side, tokenizer.pad_token_id = "left", tokenizer.eos_token_id
@@ -60,24 +59,35 @@ def answers(
 
 @torch.no_grad()
 def record(
-    policy: Any, given: Sequence[Answer], layers: Sequence[int], temperature: float = 1.0
+    policy: Any, given: Sequence[Answer], layers: Sequence[int], temperature: float, batch: int
 ) -> list[RecordedSample]:
     """What the trainer would record of these samples, with hidden states on the policy's device."""
-    device, samples = policy.device, []
-    for prompt, response in given:
-        ids = torch.tensor([prompt + response], device=device)
-        out = policy.model(input_ids=ids, output_hidden_states=True)
-        last = out.last_hidden_state[0, len(prompt) - 1 : -1]
+    samples: list[RecordedSample] = []
+    by_length = sorted(given, key=lambda each: len(each[0]) + len(each[1]))
+    for start in range(0, len(by_length), batch):
+        samples += _recorded(policy, by_length[start : start + batch], layers, temperature)
+    return samples
+
+
+def _recorded(policy: Any, part: Sequence[Answer], layers: Sequence[int], temperature: float) -> list[RecordedSample]:
+    """Of one forward pass."""
+    rows = [torch.tensor(prompt + response) for prompt, response in part]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)
+    # Attention is causal, so what is padded behind changes nothing.
+    out = policy.model(input_ids=ids, output_hidden_states=True)
+    read = {layer: out.hidden_states[layer + 1] for layer in layers} | {EMBEDDING: policy.get_input_embeddings()(ids)}
+    samples = []
+    for i, (prompt, response) in enumerate(part):
+        first, end = len(prompt) - 1, len(prompt) + len(response) - 1
         top = [
-            (part.float() / temperature).log_softmax(-1).topk(TOP_TOKENS)
-            for part in map(policy.lm_head, last.split(ROWS))
+            (each.float() / temperature).log_softmax(-1).topk(TOP_TOKENS)
+            for each in map(policy.lm_head, out.last_hidden_state[i, first:end].split(ROWS))
         ]
-        hidden = {layer: out.hidden_states[layer + 1][0, :-1] for layer in layers}
         samples.append(
             RecordedSample(
-                tokens_T=ids[0].cpu(),
+                tokens_T=rows[i],
                 prompt_length=len(prompt),
-                hidden_TD=hidden | {EMBEDDING: policy.get_input_embeddings()(ids)[0, :-1]},
+                hidden_TD={layer: each[i, :end].clone() for layer, each in read.items()},
                 top_tokens_RK=torch.cat([each.indices for each in top]).cpu(),
                 top_log_probs_RK=torch.cat([each.values for each in top]).cpu(),
                 loss_mask_R=torch.ones(len(response), dtype=torch.bool),
@@ -86,10 +96,11 @@ def record(
     return samples
 
 
-def learner_of(folder: pathlib.Path, layers: Sequence[int], device: str, steps: int, rate: float) -> DraftLearner:
+def learner_of(folder: pathlib.Path, layers: Sequence[int], args: argparse.Namespace) -> DraftLearner:
     """A learner of the head of a folder."""
-    head = TrainableHead(folder, layers, loss="kl", unroll_steps=steps, device=torch.device(device))
-    return DraftLearner(head, LearnerOptions(rate, BATCH_TOKENS, 1, torch.bfloat16))
+    how = {"loss": "kl", "unroll_steps": args.steps, "temperature": args.temperature}
+    head = TrainableHead(folder, layers, device=torch.device(args.device), **how)
+    return DraftLearner(head, LearnerOptions(args.learning_rate, BATCH_TOKENS, 1, torch.bfloat16))
 
 
 def learn(learner: DraftLearner, samples: Sequence[RecordedSample], seconds: float) -> list[dict[str, float]]:
@@ -110,13 +121,13 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=pathlib.Path, required=True)
-    parser.add_argument("--answers", type=pathlib.Path, required=True, help="folder of the model that answers")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--task", default="rare-words", choices=list(TASKS))
     parser.add_argument("--samples", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=256, help="most tokens of a response")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--batch", type=int, default=384, help="responses at a time")
+    parser.add_argument("--record-batch", type=int, default=64, help="samples of a pass that records")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training")
     parser.add_argument("--steps", type=int, default=3, help="drafts of a chain")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -125,19 +136,17 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     began = time.monotonic()
-    small = AutoModelForCausalLM.from_pretrained(args.answers, dtype=dtype).to(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.answers)
-    texts = TASKS[args.task].texts(args.samples, 1)
-    given = answers(small, tokenizer, texts, args.tokens, args.batch, args.temperature)
-    print(f"{sum(len(r) for _, r in given)} tokens answered after {time.monotonic() - began:.0f} s", flush=True)
-    del small
-    write_new_head(args.policy, args.out)
     policy: Any = AutoModelForCausalLM.from_pretrained(args.policy, dtype=dtype).to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    texts = TASKS[args.task].texts(args.samples, 1)
+    given = answers(policy, tokenizer, texts, args.tokens, args.batch, args.temperature)
+    print(f"{sum(len(r) for _, r in given)} tokens answered after {time.monotonic() - began:.0f} s", flush=True)
+    write_new_head(args.policy, args.out)
     layers = aux_layers(str(args.out), policy.config.num_hidden_layers)
-    samples = record(policy, given, layers, args.temperature)
+    samples = record(policy, given, layers, args.temperature, args.record_batch)
     del policy
     print(f"recorded after {time.monotonic() - began:.0f} s", flush=True)
-    learner = learner_of(args.out, layers, args.device, args.steps, args.learning_rate)
+    learner = learner_of(args.out, layers, args)
     said = learn(learner, samples, args.seconds)
     learner.save(args.out)
     for part in (said[:3], said[-8:]):

@@ -18,6 +18,9 @@ from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.services.rollout.engines.registry import create_engine
 
 WARM_UP_S = 2.0
+WARM_TOKENS = 16
+"""Of each request, before a pool of a new size is known to decode without compiling anything."""
+WARM_DEADLINE_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,8 +55,12 @@ class Pool:
         """Of its pools."""
         self._name = name
         self._numbers = itertools.count()
+        """Of the requests of a pool: prompts and seeds, so that all drafts answer the same."""
+        self._ids = itertools.count()
         self._versions = itertools.count(1)
         self._tokens = 0
+        self._awaited = 0
+        self._enough = asyncio.Event()
         tokenizer = AutoTokenizer.from_pretrained(args.policy)
         texts = TASKS[args.task].texts(512, 3)
         self._prompts = [tokenizer.encode(TEMPLATE.format(text), add_special_tokens=False) for text in texts]
@@ -63,6 +70,16 @@ class Pool:
         began = time.monotonic()
         await self._engine.start()
         print(f"{self._name} started after {time.monotonic() - began:.0f} s", flush=True)
+
+    async def warm_up(self) -> None:
+        """Decode with pools of all sizes, since kernels are compiled at first use; a policy has to be loaded."""
+        began = time.monotonic()
+        for size in self.sizes:
+            pool = await self._begin(size)
+            async with asyncio.timeout(WARM_DEADLINE_S):
+                await self._counted(size * WARM_TOKENS)
+            await self._end(pool)
+        print(f"{self._name} warm after another {time.monotonic() - began:.0f} s", flush=True)
 
     async def close(self) -> None:
         """Stop it."""
@@ -94,7 +111,14 @@ class Pool:
         print(reading, flush=True)
         return reading
 
+    async def _counted(self, tokens: int) -> None:
+        """Wait for so many more tokens."""
+        self._enough.clear()
+        self._awaited = self._tokens + tokens
+        await self._enough.wait()
+
     async def _begin(self, size: int) -> list[asyncio.Task[None]]:
+        self._numbers = itertools.count()
         return [asyncio.create_task(self._keep_busy()) for _ in range(size)]
 
     async def _end(self, pool: list[asyncio.Task[None]]) -> None:
@@ -108,8 +132,11 @@ class Pool:
             number = next(self._numbers)
             sampling = SamplingParams(max_new_tokens=self._args.tokens, temperature=self._args.temperature, seed=number)
             prompt = self._prompts[number % len(self._prompts)]
-            async for delta in self._engine.generate(GenerationRequest(f"{self._name}-{number}", prompt, sampling)):
+            request = GenerationRequest(f"{self._name}-{next(self._ids)}", prompt, sampling)
+            async for delta in self._engine.generate(request):
                 self._tokens += len(delta.token_ids)
+                if self._tokens >= self._awaited:
+                    self._enough.set()
 
     def _counts(self) -> tuple[int, int]:
         """Drafts accepted and verifications so far."""

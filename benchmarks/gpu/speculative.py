@@ -172,6 +172,8 @@ async def at_policy(
 ) -> list[Reading]:
     """Tokens per second with one policy: without a draft, and with each of these."""
     await asyncio.gather(plain.load(weights), drafting.load(weights))
+    if policy == "begin":
+        await asyncio.gather(plain.warm_up(), drafting.warm_up())
     readings = [await plain.measure(policy, "none", size) for size in plain.sizes]
     for name, draft in drafts.items():
         print(f"draft {name}: {json.dumps(await drafting.load_draft(draft))}", flush=True)

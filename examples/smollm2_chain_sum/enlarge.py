@@ -74,16 +74,19 @@ def _padded(name: str, weight: Any, shape: tuple[int, ...], old: Any, new: Any) 
     if _NORM.search(name):
         weight = weight * math.sqrt(old.hidden_size / new.hidden_size)
     if name.endswith("q_proj.weight"):
-        weight = _spread(weight, old, new)
+        weight = spread_heads(weight, old, new)
     elif name.endswith("o_proj.weight"):
-        weight = _spread(weight.T, old, new).T
+        weight = spread_heads(weight.T, old, new).T
     grown = weight.new_zeros(shape)
     grown[tuple(slice(size) for size in weight.shape)] = weight
     return grown
 
 
-def _spread(weight: Any, old: Any, new: Any) -> Any:
-    """Rows (heads · head size, D) with heads of zeros behind those of each group, so that groups keep their keys."""
+def spread_heads(weight: Any, old: Any, new: Any) -> Any:
+    """Rows (heads · head size, D) with heads of zeros behind those of each group, so that groups keep their keys.
+
+    `old` and `new` are configurations, of which the numbers of heads are read.
+    """
     groups, columns = old.num_key_value_heads, weight.shape[1]
     rows = weight.view(groups, old.num_attention_heads // groups, old.head_dim, columns)
     spread = weight.new_zeros((groups, new.num_attention_heads // new.num_key_value_heads, old.head_dim, columns))

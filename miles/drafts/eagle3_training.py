@@ -13,7 +13,7 @@ from miles.config.checks.json_file import read_json_object
 from miles.drafts import packed_batch
 from miles.drafts.eagle3 import Eagle3Head
 from miles.drafts.folder import module_name, read_tensors, write_draft
-from miles.drafts.losses import LOSSES
+from miles.drafts.losses import loss_at
 from miles.drafts.recording import RecordedSample
 from miles.drafts.trainable import PassResult
 from miles.drafts.unrolling import learn_from
@@ -28,12 +28,20 @@ class TrainableHead:
         layers: Keys of the policy's hidden states in samples, in the order in which the head reads them.
         loss: "kl" or "ce".
         unroll_steps: Steps of training-time test.
+        temperature: At which the policy samples.
 
     Raises ValueError for a folder that holds no such head, or another number of layers than it reads.
     """
 
     def __init__(
-        self, folder: pathlib.Path, layers: Sequence[int], *, loss: str, unroll_steps: int, device: torch.device
+        self,
+        folder: pathlib.Path,
+        layers: Sequence[int],
+        *,
+        loss: str,
+        unroll_steps: int,
+        device: torch.device,
+        temperature: float = 1.0,
     ) -> None:
         self._config = read_json_object(folder / "config.json")
         stored = read_tensors(folder)
@@ -45,7 +53,7 @@ class TrainableHead:
                 f"{len(layers)} layers are recorded"
             )
         self._vocabulary = read_vocabulary(stored, self._head.lm_head.out_features, int(self._head.config.vocab_size))
-        self._layers, self._loss, self._steps = tuple(layers), LOSSES[loss], unroll_steps
+        self._layers, self._loss, self._steps = tuple(layers), loss_at(loss, temperature), unroll_steps
 
     @property
     def module(self) -> torch.nn.Module:
@@ -59,9 +67,11 @@ class TrainableHead:
     def learn_from(self, samples: Sequence[RecordedSample]) -> PassResult:
         """Add the gradients of the mean loss over usable samples to the parameters'."""
         device = self._head.fc.weight.device
-        batch = packed_batch.pack(samples, self._layers, device)
+        batch = packed_batch.pack(samples, self._layers, self._steps, device)
+        if self._vocabulary.ids_V.device != device:
+            self._vocabulary = self._vocabulary.to(device)
         with computing_on(device):
-            return learn_from(self._head, batch, self._vocabulary.to(device), self._loss, self._steps)
+            return learn_from(self._head, batch, self._vocabulary, self._loss, self._steps)
 
     def published_name(self, parameter: str) -> str:
         """The name that it has in the folder from which engines started."""

@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass found, with the weights that it had before it was learnt from."""
+    """What a pass found, with the weights that it had before it was learnt from.
 
-    loss: float
+    What the device computes is left there, 0-d float32: reading it would wait for the pass.
+    """
+
+    loss: torch.Tensor
     """Mean over the predicted tokens, in nats; over unrolled steps the weighted one."""
     tokens: int
     """Predicted tokens; of an unrolled pass those of its first step."""
-    agreed: int
+    agreed: torch.Tensor
     """Of these, those of which the draft's likeliest token is the policy's likeliest."""
-    chains: float
+    chains: torch.Tensor
     """Tokens of the verifications that would begin at each of `roots`, in all."""
     roots: int
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from miles.drafts.eagle3 import Eagle3Head
-from miles.drafts.losses import chain_length
-from miles.drafts.packed_batch import PackedBatch, Targets
+from miles.drafts.head_pass import head_pass
+from miles.drafts.losses import Loss, chain_length
+from miles.drafts.packed_batch import PackedBatch
 from miles.drafts.trainable import PassResult
-from miles.drafts.unrolled_attention import PackedRows, UnrolledAttention
+from miles.drafts.unrolled_attention import UnrolledAttention
 from miles.drafts.vocabulary import DraftVocabulary
-
-Loss = Callable[[torch.Tensor, Targets, DraftVocabulary], torch.Tensor]
 
 DECAY = 0.8
 """Weight of an unrolled step's loss over that of the step before, as in the authors' code."""
-CHUNK = 2048
-"""Rows whose logits are in memory at a time."""
 
 
 def learn_from(head: Eagle3Head, batch: PackedBatch, vocabulary: DraftVocabulary, loss: Loss, steps: int) -> PassResult:
@@ -27,37 +22,27 @@ def learn_from(head: Eagle3Head, batch: PackedBatch, vocabulary: DraftVocabulary
     The logits of a step are computed and forgotten chunk by chunk: their gradient with respect to what the head
     returned is kept, and goes through the head once.
     """
-    attention = UnrolledAttention(PackedRows(batch.lengths, batch.positions_N.device))
+    attention = UnrolledAttention(batch.rectangles)
     hidden_ND = head.fc(batch.hidden_NF).float()
     streams: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     hits_SN = torch.zeros(steps, len(batch.positions_N), dtype=torch.bool, device=hidden_ND.device)
-    learnt_SN = torch.zeros_like(hits_SN)
     total = torch.zeros((), device=hidden_ND.device)
     agreed = torch.zeros((), device=hidden_ND.device)
     weights = [DECAY**step for step in range(steps)]
-    for step in range(steps):
-        rows = batch.learnt_rows(step)
+    for step, rows in enumerate(batch.learnt_rows):
         if not len(rows):
             break
         hidden_ND = head(hidden_ND, batch.embeds_ND(step), batch.positions_N + step, attention)
-        leaf_ND = hidden_ND.detach().requires_grad_()
-        for part in torch.split(rows, CHUNK):
-            targets = batch.targets(step, part)
-            logits_NV = head.logits(leaf_ND[part])
-            mean = loss(logits_NV, targets, vocabulary).sum() * (weights[step] / sum(weights) / len(rows))
-            mean.backward()  # type: ignore[no-untyped-call]
-            total += mean.detach()
-            drafts_N = vocabulary.policy_ids(logits_NV.detach().argmax(-1))
-            hits_SN[step, part] = drafts_N == targets.sampled_N
-            if step == 0:
-                agreed += (drafts_N == targets.top_tokens_NK[:, 0]).sum()
-        learnt_SN[step, rows] = True
+        targets, weight = batch.targets(step), weights[step] / sum(weights) / len(rows)
+        found = head_pass(head.logits, hidden_ND.detach().index_select(0, rows), targets, loss, vocabulary, weight)
+        total += found.loss
+        hits_SN[step, rows] = found.drafts_N == targets.sampled_N
+        if step == 0:
+            agreed += (found.drafts_N == targets.top_tokens_NK[:, 0]).sum()
         streams.append(hidden_ND)
-        assert leaf_ND.grad is not None
-        gradients.append(leaf_ND.grad)
+        gradients.append(torch.zeros_like(hidden_ND).index_copy_(0, rows, found.gradient_ND))
     if streams:
         torch.autograd.backward(streams, gradients)
-    roots_N = learnt_SN.all(0)
-    chains = chain_length(hits_SN[:, roots_N]).sum()
-    return PassResult(float(total), int(learnt_SN[0].sum()), int(agreed), float(chains), int(roots_N.sum()))
+    chains = chain_length(hits_SN.index_select(1, batch.roots)).sum()
+    return PassResult(total, len(batch.learnt_rows[0]), agreed, chains, len(batch.roots))

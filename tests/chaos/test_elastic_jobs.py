@@ -167,7 +167,7 @@ STALE = {
     ("pause", "correction", "more"),
     [
         ("in_place", {"use_tis": True}, {"partial_rollout": True}),
-        ("retract", {"use_icepop": True}, {"over_sampling_batch_size": BATCH + 2}),
+        pytest.param("retract", {"use_icepop": True}, {"over_sampling_batch_size": BATCH + 2}, marks=pytest.mark.slow),
         (
             "abort",
             {"use_mis": True, "use_tis": True, "use_rs": True},

@@ -56,8 +56,10 @@ def test_a_port_in_use(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["train.jsonl"]),
-        ('{"prompt": "12345>", "label": "12345"}\n{"prompt": broken\n', ["train.jsonl", "2"]),
+        pytest.param("", ["train.jsonl"], marks=pytest.mark.slow),
+        pytest.param(
+            '{"prompt": "12345>", "label": "12345"}\n{"prompt": broken\n', ["train.jsonl", "2"], marks=pytest.mark.slow
+        ),
         ('{"prompt": "12345>", "label": "12345"}\n{"text": "12345>"}\n', ["train.jsonl", "2", "prompt", "text"]),
     ],
 )

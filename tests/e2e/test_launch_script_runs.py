@@ -111,6 +111,7 @@ def run_script(start_run: Start, script: str, folder: pathlib.Path, tmp_path: pa
     return run
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_with_replay(start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Grouped experts, permute fusion, offloading and a precision-aware Adam are noted on a CPU; replay is real."""
     sizes = {"rollout_batch_size": 16, "n_samples_per_prompt": 8, "over_sampling_batch_size": 32}

@@ -12,10 +12,10 @@ from serving_cluster import config, serving, wait_for
 from miles.client import MilesClient
 
 
-@pytest.fixture
-def client(tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[MilesClient]:
-    """A client of `miles serve`."""
-    with serving(tmp_path, tiny_dense) as client:
+@pytest.fixture(scope="module")
+def client(tiny_dense: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilesClient]:
+    """A client of `miles serve`, which all tests here share."""
+    with serving(tmp_path_factory.mktemp("serve"), tiny_dense) as client:
         yield client
 
 

@@ -16,8 +16,8 @@ from miles.drafts.eagle3_training import TrainableHead
 from miles.drafts.new_head import write_new_head
 from miles.drafts.recorded_layers import EMBEDDING, aux_layers
 from miles.drafts.recording import RecordedSample
-from miles.drafts.standalone_training import TrainableLanguageModel
 from miles.drafts.trainable import Trainable
+from miles.services.trainer.drafts.language_model import TrainableLanguageModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -38,7 +38,7 @@ def lessons(policy: tuple[pathlib.Path, Any]) -> list[RecordedSample]:
 
 def model_of(kind: DraftKind, policy: pathlib.Path, folder: pathlib.Path, device: torch.device) -> Trainable:
     if kind is DraftKind.STANDALONE:
-        save_standalone(folder)
+        save_standalone(folder, head_dim=16)  # which the attention of GPUs has
         return TrainableLanguageModel(folder, 320, loss="kl", steps=STEPS, device=device)
     write_new_head(policy, folder)
     layers = aux_layers(str(folder), LAYERS)
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_cpu(kind, policy, lessons, tmp_path):
         model = model_of(kind, policy[0], tmp_path / device.type, device)
         result = model.learn_from(lessons[:16])
         gradients = [each.grad.flatten().cpu() for each in model.module.parameters() if each.grad is not None]
-        found.append((result.loss, torch.cat(gradients)))
+        found.append((result.loss.item(), torch.cat(gradients)))
     assert found[1][0] == pytest.approx(found[0][0], rel=0.03)
     assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
 

@@ -53,7 +53,7 @@ def test_variable_length_kernels_attend_as_tiles_do(share: bool, window: int | N
     inputs = [torch.randn(shape, device=CUDA, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     results = []
     for varlen in (True, False):
-        plan = AttentionPlan(micro_batch, CUDA, torch.bfloat16, varlen=varlen)
+        plan = AttentionPlan(micro_batch.segments, CUDA, torch.bfloat16, varlen=varlen)
         assert plan.use_varlen is varlen
         out, _ = packed_attention(torch.nn.Identity(), *inputs, None, sliding_window=window, attention_plan=plan)
         weight = torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out)

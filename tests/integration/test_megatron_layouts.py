@@ -269,7 +269,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         load = str(out / f"saved-{source}" / "checkpoints")
         loaded = case(f"{kind}-of-{source}", "moe", out, **OPTIMIZERS[kind], load=load)
         kept += [loaded, {**loaded, "name": f"{kind}-of-{source}-loaded", "steps": 2}]
-    run_cases([*alone, replayed, *kept, moved, removed], out)
+    run_cases([*alone, replayed, *kept, *begun_cases(BEGUN_OFTEN, out), moved, removed], out)
     run_layouts(out, OFTEN, RESUMED_OFTEN, megatron_cases(out, RECORDED_OFTEN))
     return out
 
@@ -278,10 +278,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def more_results(results: pathlib.Path) -> pathlib.Path:
     """The same folder with what slow tests look at besides."""
     begun = [case(name, name, results) for name in SELDOM]
-    for kind, flags in OPTIMIZERS.items():
-        load = str(results / f"begun-{kind}" / "checkpoints")
-        begun.append({**case(f"begun-{kind}", "moe", results, **flags), "save_at": 2, "save_in_background": True})
-        begun.append(case(f"taken-up-{kind}", "moe", results, **flags, load=load))
+    for name in BEGUN.keys() - {BEGUN_OFTEN}:
+        begun += begun_cases(name, results)
     for kind, source in EXCHANGED.items():
         load = str(results / f"saved-{source}" / "checkpoints")
         begun.append(case(f"exchanged-{kind}", "moe", results, **OPTIMIZERS[kind], load=load))
@@ -297,6 +295,13 @@ def kept_cases(kind: str, out: pathlib.Path) -> list[dict[str, Any]]:
     short = {**case(f"two-steps-{kind}", "moe", out, **flags), "steps": 2}
     resumed = case(f"resumed-{kind}", "moe", out, **flags, load=str(out / f"saved-{kind}" / "checkpoints"))
     return [saved, short, resumed]
+
+
+def begun_cases(name: str, out: pathlib.Path) -> list[dict[str, Any]]:
+    """A run that trains on while it saves after two of three steps, and one that takes the third from there."""
+    kind = BEGUN[name]
+    saved = {**case(name, "moe", out, **OPTIMIZERS[kind]), "save_at": 2, "save_in_background": True}
+    return [saved, case(f"taken-up-{kind}", "moe", out, **OPTIMIZERS[kind], load=str(out / name / "checkpoints"))]
 
 
 def run_layouts(
@@ -337,6 +342,8 @@ RESUMED = {
 }
 
 RESUMED_OFTEN = ("distributed-sp",)
+BEGUN = {f"begun-{kind}": kind for kind in OPTIMIZERS}
+BEGUN_OFTEN = "begun-distributed"
 
 
 def often_or_slow(names: Iterable[str]) -> list[Any]:
@@ -346,12 +353,13 @@ def often_or_slow(names: Iterable[str]) -> list[Any]:
 
 def is_slow(name: str) -> bool:
     """Whether `more_results` has it."""
-    return name in (LAYOUTS.keys() - set(OFTEN)) | (RESUMED.keys() - set(RESUMED_OFTEN))
+    slow = (LAYOUTS.keys() - set(OFTEN)) | (RESUMED.keys() - set(RESUMED_OFTEN)) | (BEGUN.keys() - {BEGUN_OFTEN})
+    return name in slow
 
 
 @pytest.fixture
 def spread(request: pytest.FixtureRequest, results: pathlib.Path, name: str) -> pathlib.Path:
-    """The folder with what the layout `name` gave."""
+    """The folder with what the case `name` gave."""
     folder: pathlib.Path = request.getfixturevalue("more_results") if is_slow(name) else results
     return folder
 
@@ -436,13 +444,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path, kind: str) -> 
     assert worst_differences(results, f"saved-{kind}", f"resumed-{kind}") == (0.0, 0.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_checkpoint_written_while_training_goes_on_has_the_state_of_before(
-    more_results: pathlib.Path, kind: str
-) -> None:
-    assert worst_differences(more_results, f"saved-{kind}", f"taken-up-{kind}") == (0.0, 0.0)
-    assert worst_differences(more_results, f"saved-{kind}", f"begun-{kind}") == (0.0, 0.0)
+@pytest.mark.parametrize("name", often_or_slow(BEGUN))
+def test_a_checkpoint_written_while_training_goes_on_has_the_state_of_before(spread: pathlib.Path, name: str) -> None:
+    assert worst_differences(spread, f"saved-{BEGUN[name]}", f"taken-up-{BEGUN[name]}") == (0.0, 0.0)
+    assert worst_differences(spread, f"saved-{BEGUN[name]}", name) == (0.0, 0.0)
 
 
 @pytest.mark.slow

@@ -80,11 +80,12 @@ def test_two_megatron_ranks(tmp_path: pathlib.Path) -> None:
         *pair("pp2", dense, {**EVERY_ROLE, **megatron, "pipeline_model_parallel_size": 2}),
         *pair("dp2", dense, {**OLD, **megatron, "use_distributed_optimizer": True, "overlap_grad_reduce": True}),
         *pair("ep2", experts, {**megatron, "expert_model_parallel_size": 2, "train_dtype": "bfloat16"}),
-        *pair("tp2", experts, {**megatron, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        pair("tp2", experts, {**megatron, "tensor_model_parallel_size": 2, "sequence_parallel": True})[1],
     ]
     run_cases(cases, tmp_path, ranks=2)
     for name in ("pp2", "dp2", "ep2"):
         moved = assert_equal(tmp_path, name)
         assert moved[-1] > moved[0] > 0
-    for case in cases[1::2]:
-        assert_estimated(tmp_path, case)
+    for case in cases:
+        if "swap" in case:
+            assert_estimated(tmp_path, case)

@@ -39,6 +39,41 @@ def trainers() -> Iterator[list[TrainerProcess]]:
         trainer.kill()
 
 
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[TrainerProcess]:
+    """A trainer for tests that leave it running."""
+    process = TrainerProcess()
+    yield process
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[TrainerProcess]:
+    """The same with two ranks."""
+    process = TrainerProcess(2)
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def trainer(one_rank: TrainerProcess) -> Iterator[TrainerProcess]:
+    """A trainer that has no job."""
+    yield one_rank
+    stop(one_rank)
+
+
+@pytest.fixture
+def pair(two_ranks: TrainerProcess) -> Iterator[TrainerProcess]:
+    """A trainer of two ranks that has no job."""
+    yield two_ranks
+    stop(two_ranks)
+
+
+def stop(process: TrainerProcess) -> None:
+    """End the trainer's job, whichever it is."""
+    process.stop_job(process.stub.GetStatus(trainer_pb2.TrainerGetStatusRequest(), timeout=10).job_id)
+
+
 def put_groups(redis_url: str, job_id: str, seed: int, group_ids: range) -> None:
     async def put() -> None:
         async with await connect_async(redis_url) as client:
@@ -93,12 +128,10 @@ def test_a_killed_trainer_resumes_bit_for_bit_and_trains_no_group_twice(
 
 
 def test_a_step_taken_before_is_answered_and_a_gap_is_refused(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainer: TrainerProcess
 ) -> None:
     config = job_config(write_dense_model(tmp_path / "model"))
     put_groups(redis_url, job_id, 2, range(4))
-    trainers.append(TrainerProcess())
-    (trainer,) = trainers
     with pytest.raises(grpc.RpcError) as early:
         trainer.train(job_id, 0, [0, 1, 2, 3])
     assert "StartJob" in early.value.details()
@@ -116,12 +149,10 @@ def test_a_step_taken_before_is_answered_and_a_gap_is_refused(
 
 
 def test_a_step_is_abandoned_when_it_is_asked_for_and_while_it_runs_but_not_once_taken(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainer: TrainerProcess
 ) -> None:
     config = job_config(write_dense_model(tmp_path / "model"))
     put_groups(redis_url, job_id, 2, range(8))
-    trainers.append(TrainerProcess())
-    (trainer,) = trainers
     trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
     trainer.train(job_id, 0, [0, 1, 2, 3])
     assert not trainer.abandon(job_id, 0)
@@ -148,7 +179,7 @@ def test_a_step_is_abandoned_when_it_is_asked_for_and_while_it_runs_but_not_once
 
 BACKENDS = [
     "fsdp",
-    pytest.param("megatron", marks=[pytest.mark.engine, pytest.mark.timeout(900), needs_megatron]),
+    pytest.param("megatron", marks=[pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900), needs_megatron]),
 ]
 
 
@@ -198,22 +229,20 @@ def test_a_trainer_killed_while_it_writes_a_checkpoint_resumes_from_the_one_befo
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, pair: TrainerProcess
 ) -> None:
     model = write_dense_model(tmp_path / "model", hidden_size=256, intermediate_size=2048)
     config = job_config(model, actor_num_gpus_per_node=2, async_save=True)
     checkpoints = tmp_path / "run" / "checkpoints"
     put_groups(redis_url, job_id, 1, range(12))
-    trainers.append(TrainerProcess(2))
-    (trainer,) = trainers
-    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
-    trainer.train(job_id, 0, [0, 1, 2, 3])
-    assert trainer.save(job_id, in_background=True).checkpoint_dir == ""
-    trainer.train(job_id, 1, [4, 5, 6, 7])
-    second = trainer.save(job_id, in_background=True)
+    pair.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    pair.train(job_id, 0, [0, 1, 2, 3])
+    assert pair.save(job_id, in_background=True).checkpoint_dir == ""
+    pair.train(job_id, 1, [4, 5, 6, 7])
+    second = pair.save(job_id, in_background=True)
     assert second.checkpoint_dir == str(checkpoints / "step_00000001")
     assert not set(queued(redis_url, job_id)) & set(range(4))
-    trainer.stop_job(job_id)
+    pair.stop_job(job_id)
     assert newest(checkpoints).checkpoint == checkpoints / "step_00000002"
     assert queued(redis_url, job_id) == list(range(8, 12))
 
@@ -234,13 +263,11 @@ def test_an_orderly_end_waits_for_the_checkpoint(
 
 
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainer: TrainerProcess
 ) -> None:
     config = job_config(write_dense_model(tmp_path / "model"), async_save=True)
     checkpoints = tmp_path / "run" / "checkpoints"
     put_groups(redis_url, job_id, 1, range(8))
-    trainers.append(TrainerProcess())
-    (trainer,) = trainers
     trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
     trainer.train(job_id, 0, [0, 1, 2, 3])
     (checkpoints / "latest.tmp").mkdir(parents=True)  # where the name of the newest checkpoint is written
@@ -256,11 +283,9 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(
 
 
 def test_an_export_is_prepared_under_the_models_names(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainer: TrainerProcess
 ) -> None:
     config = job_config(write_dense_model(tmp_path / "model"), rollout_dtype="bfloat16")
-    trainers.append(TrainerProcess())
-    (trainer,) = trainers
     trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
     exported = trainer.export(job_id, 0)
     assert weightsync.states() == {0: "PREPARED"}
@@ -272,11 +297,10 @@ def test_an_export_is_prepared_under_the_models_names(
 
 
 def test_a_missing_model_folder_is_named(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainer: TrainerProcess
 ) -> None:
-    trainers.append(TrainerProcess())
     with pytest.raises(grpc.RpcError) as error:
-        trainers[0].start_job(job_id, job_config(tmp_path / "nowhere"), redis_url, weightsync.address, tmp_path)
+        trainer.start_job(job_id, job_config(tmp_path / "nowhere"), redis_url, weightsync.address, tmp_path)
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
     assert "nowhere" in error.value.details()
 
@@ -288,17 +312,17 @@ def test_two_ranks_train_as_one_and_continue_each_others_checkpoints(
     redis_url: str,
     job_id: str,
     weightsync: Service,
-    trainers: list[TrainerProcess],
+    trainer: TrainerProcess,
+    pair: TrainerProcess,
 ) -> None:
     write = write_dense_model if family == "dense" else write_moe_model
     # Whitened advantages need sums over ranks; a step of Adam with a large epsilon follows the gradient.
     changes = {"normalize_advantages": True, "adam_eps": 1.0, "lr": 0.5, "num_steps_per_rollout": 2}
     config = job_config(write(tmp_path / "model"), actor_num_gpus_per_node=2, **changes)
-    metrics, weights = [], []
+    trainers, metrics, weights = (trainer, pair), [], []
     for number, ranks in enumerate((1, 2)):
         job, run_dir = f"{job_id}-{ranks}", tmp_path / f"run-{ranks}"
         put_groups(redis_url, job, 3, range(4))
-        trainers.append(TrainerProcess(ranks))
         ready = trainers[number].start_job(job, config, redis_url, weightsync.address, run_dir)
         assert ready.step == 0
         metrics.append(trainers[number].train(job, 0, [0, 1, 2, 3]).metrics)
@@ -321,23 +345,20 @@ def test_two_ranks_train_as_one_and_continue_each_others_checkpoints(
 
 
 def test_a_failure_on_every_rank_is_answered_and_leaves_the_trainer_usable(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, pair: TrainerProcess
 ) -> None:
-    trainers.append(TrainerProcess(2))
     missing = job_config(tmp_path / "nowhere", actor_num_gpus_per_node=2)
     with pytest.raises(grpc.RpcError) as error:
-        trainers[0].start_job(job_id, missing, redis_url, weightsync.address, tmp_path)
+        pair.start_job(job_id, missing, redis_url, weightsync.address, tmp_path)
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
     config = job_config(write_dense_model(tmp_path / "model"), actor_num_gpus_per_node=2)
-    assert trainers[0].start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run").step == 0
+    assert pair.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run").step == 0
 
 
 def test_a_step_whose_caller_left_is_taken_once_and_answered_to_the_next(
-    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainer: TrainerProcess
 ) -> None:
     config = job_config(write_dense_model(tmp_path / "model"))
-    trainers.append(TrainerProcess())
-    (trainer,) = trainers
     trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
     request = trainer_pb2.TrainRequest(job_id=job_id, step=0, group_ids=[0, 1, 2, 3], deadline_ms=60_000)
     abandoned = trainer.stub.Train(request)

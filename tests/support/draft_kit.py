@@ -69,11 +69,11 @@ def record(
     ]
 
 
-def save_standalone(folder: pathlib.Path, seed: int = 1) -> None:
+def save_standalone(folder: pathlib.Path, seed: int = 1, head_dim: int = 12) -> None:
     """A checkpoint of a smaller random Llama with the policy's tokens."""
     save_checkpoint(
         folder, "llama", seed, num_hidden_layers=1, hidden_size=24, intermediate_size=32, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=12, tie_word_embeddings=False, initializer_range=0.1, layer_types=None,
+        num_key_value_heads=1, head_dim=head_dim, tie_word_embeddings=False, initializer_range=0.1, layer_types=None,
     )  # fmt: skip
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import pathlib
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 SUPPORT = pathlib.Path(__file__).parent
 ROOT = SUPPORT.parents[1]
@@ -33,18 +38,67 @@ def cpu_environment(*, megatron: bool = True) -> dict[str, str]:
     return {**chosen, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+class Forking:
+    """A process that forks the processes of programs; those need not import what it has imported."""
+
+    def __init__(self, *, megatron: bool) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(SUPPORT / "forked_ranks.py")],
+            env={**os.environ, **cpu_environment(megatron=megatron)},
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, request: Mapping[str, Any], timeout_s: float) -> int:
+        """The exit code; `forked_ranks` describes requests. Nothing is left running when it does not end in time."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+                raise TimeoutError(f"{request['arguments']} did not end within {timeout_s} s")
+            return int(self._process.stdout.readline())
+        except BaseException:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            forking.cache_clear()
+            raise
+
+
+@functools.cache
+def forking(*, megatron: bool) -> Forking:
+    """The process of this test process; it ends when its standard input does."""
+    return Forking(megatron=megatron)
+
+
 def run_python(arguments: Sequence[str], *, ranks: int = 1, megatron: bool = True, timeout_s: float = 1500) -> str:
-    """Run a Python program, under torchrun for several ranks; returns its output, or fails the test with it."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
-    environment = {**os.environ, **cpu_environment(megatron=megatron)}
-    process = subprocess.run(
-        [*command, *arguments], env=environment, cwd=ROOT, timeout=timeout_s, text=True, capture_output=True
-    )
-    if process.returncode:
-        pytest.fail(f"{arguments} on {ranks} ranks:\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
-    return process.stdout
+    """Run a Python program on so many ranks; returns what they printed, or fails the test with it.
+
+    On the CPU they are forks. With a GPU they are started on their own, by torchrun where there are several.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = (pathlib.Path(folder) / name for name in ("stdout", "stderr"))
+        for file in (stdout, stderr):
+            file.touch()
+        if torch.cuda.is_available():
+            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", free_port()]
+            command = [sys.executable, *(map(str, torchrun) if ranks > 1 else ()), *arguments]
+            environment = {**os.environ, **cpu_environment(megatron=megatron)}
+            with stdout.open("w") as out, stderr.open("w") as err:
+                code = subprocess.run(
+                    command, env=environment, cwd=ROOT, timeout=timeout_s, stdout=out, stderr=err
+                ).returncode
+        else:
+            request = {"arguments": list(arguments), "ranks": ranks, "port": free_port()}
+            code = forking(megatron=megatron).run(request | {"stdout": str(stdout), "stderr": str(stderr)}, timeout_s)
+        said = stdout.read_text()
+        if code:
+            pytest.fail(f"{arguments} on {ranks} ranks:\n{said[-3000:]}\n{stderr.read_text()[-6000:]}")
+    return said
 
 
 def run_cases(cases: Sequence[Mapping[str, Any]], out: pathlib.Path, *, ranks: int = 1, megatron: bool = True) -> None:

@@ -1,7 +1,8 @@
 """The draft trainer's own checkpoint: one safetensors file with its JSON record in the header, replaced atomically.
 
-It is written before the first recording is trained on and before each version is published, so that a version's number
-is never given to other weights, and a trainer that was killed goes on from the newest version that anybody may have.
+It is written before the first recording is trained on and after each version is published. Before that, the version's
+number is noted in a small file: a trainer that is killed in between goes on from the version before, and gives the next
+number to what it publishes, so that a number never stands for two drafts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "draft.safetensors"
+NOTED = "version"
+"""Name of the small file."""
 _RECORD = "miles.draft"
 _VERSION = 1
 """Of the record."""
@@ -48,17 +51,35 @@ class UnusableDraftCheckpointError(ValueError):
         super().__init__(f"{path}: {problem}; remove it to begin again from the draft model's folder")
 
 
+def note_version(folder: pathlib.Path, version: int) -> None:
+    """Keep the newest version's number, which engines may know as soon as this returns. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{NOTED}.tmp"
+    partial.write_text(f"{version}\n")
+    _put_in_place(partial, folder / NOTED)
+
+
+def noted_version(folder: pathlib.Path) -> int:
+    """The number that was noted last; 0 before the first. Raises UnusableDraftCheckpointError."""
+    path = folder / NOTED
+    try:
+        return int(path.read_text()) if path.exists() else 0
+    except ValueError as error:
+        raise UnusableDraftCheckpointError(path, "it is not the number of a version") from error
+
+
 def save(folder: pathlib.Path, record: DraftRecord, state: Mapping[str, torch.Tensor]) -> pathlib.Path:
-    """Write a checkpoint in place of the one before; it is there as a whole or not at all. Returns its file."""
+    """Write a checkpoint in place of the one before; it is there as a whole or not at all. Returns its file.
+
+    `state`: contiguous, on the CPU.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / FILE, folder / f"{FILE}.tmp"
     header = json.dumps({"format": _VERSION, **dataclasses.asdict(record)})
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, {_RECORD: header})
-    _sync(partial)
-    partial.replace(path)
-    _sync(folder)
+    save_file(dict(state), partial, {_RECORD: header})
+    _put_in_place(partial, path)
     return path
 
 
@@ -82,6 +103,12 @@ def _record(text: str | None) -> DraftRecord:
     if (version := data.pop("format", 0)) != _VERSION:
         raise ValueError(f"its record is of version {version}, and this installation knows {_VERSION}")
     return DraftRecord(**data)
+
+
+def _put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -210,6 +210,8 @@ class DraftJob:
         with self._asked:
             if self._policy_step is None:
                 self._published = training.version
+        self._note(f"saving version {training.version}")
+        training.save_version()
         self._note("waiting for recordings")
 
     def _note(self, activity: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,8 @@ from miles.config.speculation import DraftKind, speculation_of
 from miles.drafts.eagle3_training import TrainableHead
 from miles.drafts.recorded_layers import aux_layers
 from miles.drafts.recording import RecordedSample
-from miles.drafts.standalone_training import TrainableLanguageModel
 from miles.drafts.trainable import PassResult, Trainable
+from miles.services.trainer.drafts.language_model import TrainableLanguageModel
 from miles.weights.hf_folder.model_config import read_model_config
 
 if TYPE_CHECKING:
@@ -48,15 +48,14 @@ def create_learner(config: JobConfig, folder: pathlib.Path, device: torch.device
     drafts = config.drafts
     speculation = speculation_of(config.rollout.sglang_args)
     policy = read_model_config(str(config.rollout.hf_checkpoint)).get_text_config()
+    how: dict[str, Any] = {"loss": drafts.draft_loss, "device": device}
+    how["temperature"] = config.rollout.rollout_temperature
     model: Trainable
     if speculation.kind is DraftKind.STANDALONE:
-        model = TrainableLanguageModel(
-            folder, int(policy.vocab_size), loss=drafts.draft_loss, steps=speculation.num_steps, device=device
-        )
+        model = TrainableLanguageModel(folder, int(policy.vocab_size), steps=speculation.num_steps, **how)
     else:
         layers = aux_layers(str(folder), int(policy.num_hidden_layers))
-        steps = drafts.draft_unroll_steps
-        model = TrainableHead(folder, layers, loss=drafts.draft_loss, unroll_steps=steps, device=device)
+        model = TrainableHead(folder, layers, unroll_steps=drafts.draft_unroll_steps, **how)
     dtype = getattr(torch, config.rollout.rollout_dtype)
     options = LearnerOptions(drafts.draft_learning_rate, drafts.draft_batch_tokens, drafts.draft_passes, dtype)
     return DraftLearner(model, options)
@@ -69,7 +68,7 @@ class DraftLearner:
         self._model, self._options = model, options
         self._parameters = {name: each for name, each in model.module.named_parameters() if each.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0
+            self._parameters.values(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True
         )
         self.optimizer_steps = 0
 
@@ -123,26 +122,28 @@ class DraftLearner:
             each.data.copy_(state[f"weight.{name}"])
             moments = {kind: state[f"{kind}.{name}"].to(each.device, copy=True) for kind in _MOMENTS}
             if self.optimizer_steps:
-                self._optimizer.state[each] = {"step": torch.tensor(float(self.optimizer_steps)), **moments}
+                step = torch.tensor(float(self.optimizer_steps), device=each.device)
+                self._optimizer.state[each] = {"step": step, **moments}
 
     def move(self, device: torch.device) -> None:
         """Move weights and moments to a device; allowed between two steps."""
         self._model.module.to(device)
         for held in self._optimizer.state.values():
-            for kind in _MOMENTS:
-                held[kind] = held[kind].to(device)
+            for kind, tensor in held.items():
+                held[kind] = tensor.to(device)
         if device.type == "cpu" and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _step(self, samples: Sequence[RecordedSample]) -> dict[str, float]:
         self._optimizer.zero_grad()
         result = self._model.learn_from(samples)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), _MAX_NORM))
-        if math.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), _MAX_NORM)
+        metrics = _metrics(result, norm)
+        if math.isfinite(metrics["grad_norm"]):
             self._optimizer.step()
             self.optimizer_steps += 1
         self._optimizer.zero_grad()
-        return {**_metrics(result), "grad_norm": norm}
+        return metrics
 
 
 def batches(samples: Sequence[RecordedSample], tokens: int) -> Iterator[list[RecordedSample]]:
@@ -161,7 +162,9 @@ def batches(samples: Sequence[RecordedSample], tokens: int) -> Iterator[list[Rec
         yield batch
 
 
-def _metrics(result: PassResult) -> dict[str, float]:
+def _metrics(result: PassResult, norm: torch.Tensor) -> dict[str, float]:
+    """Waits for the device, once in an optimizer step."""
+    loss, agreed, chains, grad_norm = torch.stack([result.loss, result.agreed, result.chains, norm]).tolist()
     tokens = max(result.tokens, 1)
-    found = {"loss": result.loss, "agreement": result.agreed / tokens, "tokens": float(result.tokens)}
-    return {**found, "accept_length": result.chains / result.roots} if result.roots else found
+    found = {"loss": loss, "agreement": agreed / tokens, "tokens": float(result.tokens), "grad_norm": grad_norm}
+    return {**found, "accept_length": chains / result.roots} if result.roots else found

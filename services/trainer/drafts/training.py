@@ -16,6 +16,7 @@ from miles.config.speculation import speculation_of
 from miles.drafts.folders import checkpoint_dir, initial_dir
 from miles.services.trainer.drafts import checkpoint
 from miles.services.trainer.drafts.cursor import RecordingCursor
+from miles.services.trainer.drafts.host_copy import HostCopy
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -50,6 +51,7 @@ class DraftTraining:
         self._interval = config.drafts.draft_update_interval
         self._folder = checkpoint_dir(run_dir)
         self._device = device
+        self._host_copy = HostCopy(device)
         speculation = speculation_of(config.rollout.sglang_args)
         draft = str(speculation.draft_model_path)
         if draft == str(initial_dir(pathlib.Path(config.services.run_dir))):
@@ -62,6 +64,10 @@ class DraftTraining:
         self._sums: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._counts: collections.Counter[str] = collections.Counter()
         self._train_s = 0.0
+        self._save_s = 0.0
+        """Of the newest checkpoint."""
+        self._is_saved = False
+        """Whether the checkpoint has the newest version."""
         self._resume()
 
     @property
@@ -98,24 +104,26 @@ class DraftTraining:
         self._unpublished += 1
 
     def finish_version(self) -> None:
-        """Make the next version of what was learned and save it. Raises DraftBrokenError, and OSError."""
-        began = time.monotonic()
+        """Make the next version of what was learned, and note its number. Raises DraftBrokenError, and OSError."""
         self._check_finite()
         means = {_metric(name): total / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
         self._counts.clear()
-        self.version += 1
         self._unpublished = 0
         self.metrics = {**means, "draft/train_s": self._train_s}
         self._train_s = 0.0
-        self._save()
-        self.metrics = {**self.metrics, "draft/save_s": time.monotonic() - began}
+        self._begin_version(self.version + 1)
 
     def published(self, publish_s: float) -> None:
         """Note how long the publication of the newest version took."""
-        parts = {**self.metrics, "draft/publish_s": publish_s}
+        parts = {**self.metrics, "draft/save_s": self._save_s, "draft/publish_s": publish_s}
         total = sum(parts.get(f"draft/{part}_s", 0.0) for part in ("train", "save", "publish"))
         self.metrics = {**parts, "draft/update_s": total}
+
+    def save_version(self) -> None:
+        """Write the checkpoint, if the newest version is not in it. Raises OSError."""
+        if not self._is_saved:
+            self._save()
 
     def release_memory(self) -> int:
         """Move everything to host memory; return the device memory that is freed, in bytes."""
@@ -137,6 +145,7 @@ class DraftTraining:
         self._check_finite()
         if self._unpublished:  # a version of its own: what was published under the number is something else
             self.finish_version()
+        self.save_version()
         partial = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         self.learner.save(partial)
@@ -144,9 +153,17 @@ class DraftTraining:
         partial.rename(folder)
 
     def _resume(self) -> None:
-        if (found := checkpoint.load(self._folder)) is None:
-            return
-        record, state = found
+        if (found := checkpoint.load(self._folder)) is not None:
+            self._take(*found)
+        if (noted := checkpoint.noted_version(self._folder)) > self.version:
+            logger.warning("version %d of the draft model was not saved: it goes on as version %d", noted, noted + 1)
+            self._begin_version(noted + 1)
+
+    def _begin_version(self, version: int) -> None:
+        checkpoint.note_version(self._folder, version)
+        self.version, self._is_saved = version, False
+
+    def _take(self, record: checkpoint.DraftRecord, state: Mapping[str, torch.Tensor]) -> None:
         path = self._folder / checkpoint.FILE
         for key, value in self._origin.items():
             if (saved := getattr(record, key)) != value:
@@ -159,10 +176,11 @@ class DraftTraining:
             raise checkpoint.UnusableDraftCheckpointError(path, str(error)) from error
         self.version, self.recordings, self.metrics = record.version, record.recordings, record.metrics
         self.cursor = RecordingCursor(record.recorded_step, record.missed_recordings)
-        self._has_begun = True
+        self._has_begun = self._is_saved = True
         logger.info("the draft model goes on from version %d, after step %d", self.version, self.cursor.last)
 
     def _save(self) -> None:
+        began = time.monotonic()
         record = checkpoint.DraftRecord(
             **self._origin,
             version=self.version,
@@ -171,10 +189,14 @@ class DraftTraining:
             missed_recordings=self.cursor.missed,
             metrics=self.metrics,
         )
-        checkpoint.save(self._folder, record, self.learner.state())
+        checkpoint.save(self._folder, record, self._host_copy.of(self.learner.state()))
+        self._is_saved = True
+        self._save_s = time.monotonic() - began
 
     def _check_finite(self) -> None:
-        broken = [name for name, tensor in self.learner.export() if not bool(torch.isfinite(tensor).all())]
+        finite = {name: torch.isfinite(tensor).all() for name, tensor in self.learner.export()}
+        values = torch.stack(list(finite.values())).tolist()  # waits for the device once
+        broken = [name for name, is_finite in zip(finite, values, strict=True) if not is_finite]
         if broken:
             raise DraftBrokenError(
                 f"{broken[0]} of the draft model has values that are no finite numbers after step {self.cursor.last}; "

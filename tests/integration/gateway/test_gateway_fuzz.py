@@ -22,6 +22,7 @@ request-timeout = 20
 [[operations]]
 include-operation-id = "submitJob"
 checks.positive_data_acceptance.expected-statuses = ["2xx", "401", "403", "404", "409", "422"]
+phases.coverage.enabled = {every_setting}
 
 # What a key was used for before, too.
 [[operations]]
@@ -37,8 +38,12 @@ parameters = {{ "path.job_id" = "{job_id}" }}
 
 
 @pytest.mark.timeout(1800)
-def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path) -> None:
-    """No server error, no answer that the document does not describe, nothing invalid accepted, no valid refused."""
+@pytest.mark.parametrize("every_setting", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path, every_setting: bool) -> None:
+    """No server error, no answer that the document does not describe, nothing invalid accepted, no valid refused.
+
+    Of the hundreds of settings of a job, each has all its kinds of values in the slow test alone; else some are drawn.
+    """
     example_files(stack)
     gateway = service(
         tmp_path, "fuzzed", *stack.keyed.command[2:-2], "--stream-seconds", "0.2", "--rate-limit", "100000"
@@ -50,7 +55,7 @@ def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path) ->
         fill_run_folder(pathlib.Path(made["config"]["run_dir"]))
         client.post(f"/v1/jobs/{made['id']}/stop")
     config = tmp_path / "schemathesis.toml"
-    config.write_text(CONFIG.format(examples=MAX_EXAMPLES, job_id=made["id"]))
+    config.write_text(CONFIG.format(examples=MAX_EXAMPLES, job_id=made["id"], every_setting=str(every_setting).lower()))
     command = [
         *(str(pathlib.Path(sys.executable).with_name("schemathesis")), "--config-file", str(config)),
         *("run", f"{gateway.address}/openapi.json", "--checks", "all", "--continue-on-failure", "--no-color"),

@@ -120,8 +120,8 @@ def test_a_packed_unrolled_pass_is_what_serving_computes_row_by_row(layers):
     head = random_head(layers)
     weights = {name: weight.detach() for name, weight in head.named_parameters()}
 
-    batch = pack(samples, (0, 1, 2), torch.device("cpu"))
-    attention = UnrolledAttention(PackedRows(batch.lengths, torch.device("cpu")))
+    batch = pack(samples, (0, 1, 2), STEPS, torch.device("cpu"))
+    attention = UnrolledAttention(batch.rectangles)
     with torch.no_grad():
         hidden = head.fc(batch.hidden_NF.double())
         streams = [
@@ -147,6 +147,31 @@ def test_a_packed_unrolled_pass_is_what_serving_computes_row_by_row(layers):
                 torch.testing.assert_close(logits[step][first + t], found, rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(streams[step][first + t], state, rtol=1e-4, atol=1e-4)
         first += rows
+
+
+def test_gradients_of_packed_attention_are_those_of_each_sample_alone() -> None:
+    """Samples of unlike lengths share a rectangle, and others have one of their own."""
+    lengths, generator = (9, 3, 14, 8, 11), torch.Generator().manual_seed(1)
+    shapes = [(heads, HEAD_DIM) for _ in range(STEPS) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    packed = [torch.randn(sum(lengths), *shape, generator=generator).double() for shape in shapes]
+    weights = torch.randn(STEPS, sum(lengths), HEADS, HEAD_DIM, generator=generator).double()
+
+    def gradients(inputs: list[torch.Tensor], weights_N: torch.Tensor, rows: PackedRows) -> list[torch.Tensor]:
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        attention = UnrolledAttention(rows)
+        outputs = [attention(0, *leaves[3 * step : 3 * step + 3]) for step in range(STEPS)]
+        (torch.stack(outputs) * weights_N).sum().backward()
+        return [each.grad for each in leaves if each.grad is not None]
+
+    cpu = torch.device("cpu")
+    rows = PackedRows(lengths, cpu)
+    assert 1 < len(rows.shapes) < len(lengths)
+    found = [torch.split(each, lengths) for each in gradients(packed, weights, rows)]
+    for i, length in enumerate(lengths):
+        own = [torch.split(each, lengths)[i] for each in packed]
+        expected = gradients(own, torch.split(weights, lengths, dim=1)[i], PackedRows([length], cpu))
+        for together, alone in zip(found, expected, strict=True):
+            torch.testing.assert_close(together[i], alone)
 
 
 def test_angles_are_in_float32_whatever_the_weights_are_in():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from miles.drafts.losses import chain_length, cross_entropy, top_k_divergence
+from miles.drafts.losses import chain_length, cross_entropy, log_probs_at, loss_at, top_k_divergence
 from miles.drafts.packed_batch import Targets
 from miles.drafts.vocabulary import DraftVocabulary
 
@@ -27,6 +27,13 @@ def test_divergence_with_all_tokens_is_that_of_the_distributions():
     torch.testing.assert_close(top_k_divergence(draft.log(), targets_of(policy, 6), WHOLE), expected)
 
 
+def test_a_draft_with_the_logits_of_the_policy_has_nothing_to_learn_at_any_temperature() -> None:
+    logits = random_distributions(20, 4).log()
+    sampled_at = targets_of((logits / 0.6).softmax(-1), 6)
+    assert loss_at("kl", 0.6)(logits, sampled_at, WHOLE).abs().max() < 1e-6
+    assert loss_at("kl", 1.0)(logits, sampled_at, WHOLE).min() > 1e-3
+
+
 def test_other_tokens_count_as_one():
     policy, draft = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04, 0.0]]), torch.tensor([[0.2, 0.3, 0.1, 0.1, 0.1, 0.2]])
     expected = 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.3) + 0.2 * math.log(0.2 / 0.5)
@@ -43,6 +50,22 @@ def test_divergence_is_zero_where_the_distributions_are_equal_and_pulls_towards_
         logits = (logits - gradient).detach().requires_grad_()
     top = policy.topk(3).indices
     torch.testing.assert_close(logits.softmax(-1).gather(-1, top), policy.gather(-1, top), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_of_some_tokens_have_the_gradient_of_all(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(20, 6, generator=generator) * 4).to(dtype)
+    ids = torch.stack([torch.randperm(6, generator=generator)[:3] for _ in range(20)])
+    weights = torch.randn(20, 3, generator=generator)
+    one, two = (logits.clone().requires_grad_() for _ in range(2))
+    found, expected = log_probs_at(one, ids), two.float().log_softmax(-1).gather(-1, ids)
+    assert found.equal(expected)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert one.grad is not None
+    assert one.grad.dtype == dtype
+    torch.testing.assert_close(one.grad, two.grad)
 
 
 def test_a_certain_policy_and_a_certain_draft_give_finite_gradients():

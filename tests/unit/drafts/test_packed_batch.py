@@ -17,23 +17,27 @@ def samples() -> list[RecordedSample]:
 
 def test_each_row_reads_and_predicts_what_its_position_says():
     given = samples()
-    batch = pack(given, (1, 3), torch.device("cpu"))
+    batch = pack(given, (1, 3), 3, torch.device("cpu"))
     rows = [(sample, t) for sample in given for t in range(len(sample.tokens_T) - 2)]
 
+    roots = list(range(len(rows)))
     for step in range(3):
-        learnt = batch.learnt_rows(step).tolist()
+        learnt = batch.learnt_rows[step].tolist()
+        targets = batch.targets(step)
         expected = []
         for row, (sample, t) in enumerate(rows):
             response = t + 2 + step - sample.prompt_length
             if 0 <= response < len(sample.loss_mask_R) and sample.loss_mask_R[response]:
+                target = targets[torch.tensor(len(expected))]
                 expected.append(row)
                 read = sample.hidden_TD[-1][t + 1 + step]
                 assert batch.embeds_ND(step)[row].equal(read)
-                target = batch.targets(step, torch.tensor([row]))
-                assert target.sampled_N.item() == sample.tokens_T[t + 2 + step]
-                assert target.top_tokens_NK[0].equal(sample.top_tokens_RK[response])
-                assert target.top_log_probs_NK[0].equal(sample.top_log_probs_RK[response])
+                assert target.sampled_N == sample.tokens_T[t + 2 + step]
+                assert target.top_tokens_NK.equal(sample.top_tokens_RK[response])
+                assert target.top_log_probs_NK.equal(sample.top_log_probs_RK[response])
         assert learnt == expected
+        roots = [row for row in roots if row in expected]
+    assert batch.roots.tolist() == roots
 
     for row, (sample, t) in enumerate(rows):
         assert batch.hidden_NF[row].equal(torch.cat([sample.hidden_TD[1][t], sample.hidden_TD[3][t]]))

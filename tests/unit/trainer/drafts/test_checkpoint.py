@@ -14,12 +14,12 @@ def test_a_checkpoint_replaces_the_one_before_as_a_whole(tmp_path: pathlib.Path)
     folder = tmp_path / "checkpoint"
     assert checkpoint.load(folder) is None
     checkpoint.save(folder, checkpoint.DraftRecord("eagle3", "head", 2, 10, 8, 2), {"a": torch.zeros(2)})
-    checkpoint.save(folder, RECORD, {"a": torch.arange(6.0).view(2, 3).t(), "steps": torch.tensor(7)})
+    checkpoint.save(folder, RECORD, {"a": torch.arange(6.0).view(2, 3), "steps": torch.tensor(7)})
     found = checkpoint.load(folder)
     assert found is not None
     record, state = found
     assert record == RECORD
-    assert state["a"].equal(torch.arange(6.0).view(2, 3).t())
+    assert state["a"].equal(torch.arange(6.0).view(2, 3))
     assert int(state["steps"]) == 7
     assert [path.name for path in folder.iterdir()] == [checkpoint.FILE]
 
@@ -44,3 +44,14 @@ def test_a_damaged_one_is_named_with_the_way_out(tmp_path: pathlib.Path, content
     with pytest.raises(checkpoint.UnusableDraftCheckpointError, match="remove it to begin again") as refused:
         checkpoint.load(tmp_path)
     assert str(path) in str(refused.value)
+
+
+def test_the_newest_number_is_noted_and_a_damaged_note_is_named(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "checkpoint"
+    assert checkpoint.noted_version(folder) == 0
+    for version in (9, 10):
+        checkpoint.note_version(folder, version)
+    assert checkpoint.noted_version(folder) == 10
+    (folder / checkpoint.NOTED).write_text("")
+    with pytest.raises(checkpoint.UnusableDraftCheckpointError, match="not the number of a version"):
+        checkpoint.noted_version(folder)

@@ -8,15 +8,15 @@ import torch
 from draft_kit import LAYERS, TOKENS, learner_of, lessons_of, record, save_standalone, teach, tiny_policy
 from recorded import random_sample
 from safetensors.torch import load_file
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, MambaConfig, MambaForCausalLM
 
-from miles.drafts import standalone_training
+from miles.drafts import head_pass
 from miles.drafts.eagle3_training import TrainableHead
 from miles.drafts.new_head import write_new_head
 from miles.drafts.recorded_layers import EMBEDDING, aux_layers
 from miles.drafts.recording import RecordedSample
-from miles.drafts.standalone_training import TrainableLanguageModel
 from miles.drafts.trainable import Trainable
+from miles.services.trainer.drafts.language_model import TrainableLanguageModel
 from miles.services.trainer.drafts.learner import DraftLearner, batches
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_masked_tokens_teach_nothing(policy, tmp_path):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_language_model_learns_chunk_by_chunk_what_it_would_at_once(scaled, policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(standalone_training, "CHUNK", 7)
+    monkeypatch.setitem(head_pass.CHUNK_ELEMENTS, "cpu", 7 * 320)
     if scaled:
         torch.manual_seed(0)
         sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -149,18 +149,24 @@ def test_a_language_model_learns_chunk_by_chunk_what_it_would_at_once(scaled, po
     found = model.learn_from(samples)
     assert (max(rows) > 7) == scaled
 
-    once = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
-    module.zero_grad()
+    alone: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     losses = []
     for sample in samples:
-        logits_RV = module(input_ids=sample.tokens_T[None]).logits[0, sample.prompt_length - 1 : -1]
+        logits_RV = alone(input_ids=sample.tokens_T[None]).logits[0, sample.prompt_length - 1 : -1]
         sampled_R = sample.tokens_T[sample.prompt_length :].long()
         losses.append(torch.nn.functional.cross_entropy(logits_RV, sampled_R, reduction="none")[sample.loss_mask_R])
     mean = torch.cat(losses).mean()
     mean.backward()
-    assert found.loss == pytest.approx(mean.item(), rel=1e-5)
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(once[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert found.loss.item() == pytest.approx(mean.item(), rel=1e-5)
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(module.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_whose_rows_see_other_samples_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 320}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM.*choose a draft model whose layers all have attention"):
+        TrainableLanguageModel(tmp_path, 320, loss="ce", steps=3, device=CPU)
 
 
 def test_batches_have_about_as_many_tokens_and_every_sample_once():

@@ -32,14 +32,20 @@ def learn(training: DraftTraining, step: int) -> None:
         pass
 
 
+def publish(training: DraftTraining) -> None:
+    """As the job does."""
+    training.finish_version()
+    training.published(0.25)
+    training.save_version()
+
+
 def test_a_version_is_due_every_few_recordings_and_has_the_means_of_all(tmp_path: pathlib.Path) -> None:
     training = training_of(draft_config(write_dense_model(tmp_path / "model"), draft_update_interval=2))
     learn(training, 0)
     assert not training.is_version_due
     learn(training, 1)
     assert training.is_version_due
-    training.finish_version()
-    training.published(0.25)
+    publish(training)
     assert (training.version, training.recordings, training.is_version_due) == (1, 2, False)
     parts = [training.metrics[f"draft/{part}_s"] for part in ("train", "save", "publish")]
     assert training.metrics["draft/update_s"] == pytest.approx(sum(parts))
@@ -79,11 +85,29 @@ def test_what_was_learned_before_the_first_version_comes_again_after_a_kill(tmp_
     assert again.cursor.reach(4) == range(2, 4), "what was removed meanwhile is missed"
 
 
+def test_a_number_that_engines_may_know_is_never_given_to_another_draft(tmp_path: pathlib.Path) -> None:
+    config = draft_config(write_dense_model(tmp_path / "model"))
+    first = training_of(config)
+    learn(first, 0)
+    publish(first)
+    saved = {name: tensor.clone() for name, tensor in first.learner.export()}
+    learn(first, 1)
+    first.finish_version()  # from here on it may be published; the trainer is killed before it saves
+
+    second = training_of(config, policy_step=2)
+    assert (second.version, second.recordings, second.cursor.next([0, 1])) == (3, 1, 1)
+    assert all(tensor.equal(saved[name]) for name, tensor in second.learner.export())
+    assert training_of(config, policy_step=2).version == 4, "what was not saved may have been published too"
+    last = training_of(config, policy_step=2)
+    last.save_version()
+    assert training_of(config, policy_step=2).version == last.version == 5
+
+
 def test_a_run_whose_folder_moved_goes_on_with_its_own_head(tmp_path: pathlib.Path) -> None:
     model = write_dense_model(tmp_path / "model")
     first = training_of(draft_config(model, run_dir=str(tmp_path / "here")))
     learn(first, 0)
-    first.finish_version()
+    publish(first)
     (tmp_path / "here").rename(tmp_path / "there")
     assert training_of(draft_config(model, run_dir=str(tmp_path / "there")), policy_step=1).version == 1
 
@@ -97,7 +121,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_published(tmp_path: p
     config = draft_config(write_dense_model(tmp_path / "model"))
     training = training_of(config)
     learn(training, 0)
-    training.finish_version()
+    publish(training)
     with torch.no_grad():
         next(iter(training.learner.state().values())).view(-1)[0] = float("nan")
     learn(training, 1)

@@ -26,9 +26,11 @@ from miles.algorithms.device_copies import to_device
 from miles.services.trainer.backends.fsdp.attention.slots import Slots, slots_of, to_slots
 from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, capped, fits_tiles
 from miles.services.trainer.backends.masked_attention import attend_last_rows
-from miles.services.trainer.batch.packing import MicroBatch, Segment, seen_rows
+from miles.services.trainer.batch.packing import Segment, seen_rows
 
 PACKED_ATTENTION = "miles_packed"
+_HEAD_MULTIPLE = 8
+"""Head sizes of the variable-length kernel are multiples of this."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,10 +47,11 @@ class AttentionPlan:
     """How to compute attention for one micro-batch; built once and used by every layer."""
 
     def __init__(
-        self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype, *, varlen: bool | None = None
+        self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, *, varlen: bool | None = None
     ) -> None:
-        """`varlen`: use variable-length kernels; None where they run. Raises ValueError when they do not run here."""
-        self.segments = micro_batch.segments
+        """`segments`: those of the micro-batch, in row order, without gaps. `varlen`: use variable-length kernels; None
+        where they run. Raises ValueError when they do not run here."""
+        self.segments = tuple(segments)
         self.device = device
         can_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         if varlen and not can_varlen:
@@ -56,7 +59,7 @@ class AttentionPlan:
                 f"attn_implementation varlen needs CUDA and 16-bit numbers, not {dtype} on {device.type}; set auto"
             )
         self.use_varlen = can_varlen if varlen is None else varlen
-        self.use_tiles = fits_tiles(micro_batch.segments)
+        self.use_tiles = fits_tiles(self.segments)
         """Where variable-length kernels are not used."""
         self._tiles: dict[int | None, TilePlan] = {}
 
@@ -118,7 +121,8 @@ def packed_attention(
     if attention_plan is None:
         raise ValueError("packed attention needs the micro-batch's plan: pass attention_plan= to the model's forward")
     _refuse_others(module, attention_plan, kwargs)
-    use_varlen = attention_plan.use_varlen and softcap is None  # the kernel has no soft cap
+    fits_kernel = softcap is None and query.shape[-1] % _HEAD_MULTIPLE == 0  # it has no soft cap
+    use_varlen = attention_plan.use_varlen and fits_kernel
     use_tiles = not use_varlen and attention_plan.use_tiles
     # Unlike x[0], squeeze has a view for a gradient.
     q_THD, k_SKD, v_SKD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

@@ -174,7 +174,7 @@ def _head_output(
         input_ids=to_device(torch.from_numpy(micro_batch.input_ids_T)[None], device),
         position_ids=to_device(torch.from_numpy(micro_batch.position_ids_T)[None], device),
         logits_to_keep=to_device(torch.from_numpy(rows_U), device),
-        attention_plan=AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen),
+        attention_plan=AttentionPlan(micro_batch.segments, device, options.compute, varlen=options.varlen),
         use_cache=False,
     ).logits
     return output_1UV

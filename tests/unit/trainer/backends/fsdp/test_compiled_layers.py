@@ -26,7 +26,7 @@ def packed(seed: int, count: int, share: bool) -> MicroBatch:
 
 def run(model: Any, micro_batch: MicroBatch, *, backward: bool = True) -> None:
     """Forward, and backward, of a micro-batch."""
-    plan = attention.AttentionPlan(micro_batch, META, torch.bfloat16)
+    plan = attention.AttentionPlan(micro_batch.segments, META, torch.bfloat16)
     plan.use_varlen, plan.use_tiles = True, False  # as on CUDA
     rows = torch.zeros(1, micro_batch.num_rows, dtype=torch.int64, device=META)
     with torch.set_grad_enabled(backward):
@@ -88,7 +88,7 @@ def test_the_compilers_options_are_known_to_it() -> None:
 
 def test_lengths_that_kernels_get_are_few_and_never_too_small() -> None:
     micro_batch = packed(3, 20, True)
-    plan = attention.AttentionPlan(micro_batch, torch.device("cpu"), torch.bfloat16)
+    plan = attention.AttentionPlan(micro_batch.segments, torch.device("cpu"), torch.bfloat16)
     longest = max(segment.rows for segment in micro_batch.segments)
     seen = max(segment.prefix_rows + segment.rows for segment in micro_batch.segments)
     assert longest <= plan.varlen.max_q in (16, 32)

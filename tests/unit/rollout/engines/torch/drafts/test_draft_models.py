@@ -13,7 +13,7 @@ from miles.config.speculation import DraftKind, Speculation
 from miles.drafts.eagle3_training import TrainableHead
 from miles.drafts.new_head import write_new_head
 from miles.drafts.recorded_layers import EMBEDDING, aux_layers
-from miles.drafts.standalone_training import TrainableLanguageModel
+from miles.services.trainer.drafts.language_model import TrainableLanguageModel
 from miles.weights.base import WeightsRefused
 
 STEPS = 3

@@ -53,7 +53,7 @@ def test_rows_attend_to_their_own_sample_alone(
     monkeypatch.setattr(tiles, "MAX_SCORES", 2**21 if use_tiles else 0)
     torch.manual_seed(0)
     micro_batch = pack(SAMPLES, range(len(SAMPLES)), share_prompts=share)
-    plan = AttentionPlan(micro_batch, torch.device("cpu"), torch.float32)
+    plan = AttentionPlan(micro_batch.segments, torch.device("cpu"), torch.float32)
     assert plan.use_tiles is use_tiles
     query, key, value = (
         torch.randn(1, heads, micro_batch.num_rows, size, dtype=torch.float64, requires_grad=True)
@@ -82,11 +82,23 @@ def test_a_model_that_is_called_without_a_plan_is_told_so() -> None:
 
 def test_attention_that_is_not_computed_here_is_refused() -> None:
     x = torch.zeros(1, 1, 1, 1)
-    plan = AttentionPlan(pack(SAMPLES, (0,), share_prompts=False), torch.device("cpu"), torch.float32)
+    plan = AttentionPlan(pack(SAMPLES, (0,), share_prompts=False).segments, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="does not do s_aux"):
         packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan, s_aux=torch.zeros(1))
     chosen = torch.zeros(1, 1, plan.segments[0].rows - 1)
     with pytest.raises(ValueError, match=f"set rollout_max_context_len to at most {chosen.shape[-1]}"):
         packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan, indices=chosen)
     with pytest.raises(ValueError, match="varlen needs CUDA"):
-        AttentionPlan(pack(SAMPLES, (0,), share_prompts=False), torch.device("cpu"), torch.bfloat16, varlen=True)
+        AttentionPlan(
+            pack(SAMPLES, (0,), share_prompts=False).segments, torch.device("cpu"), torch.bfloat16, varlen=True
+        )
+
+
+def test_heads_of_a_size_that_the_kernel_has_not_are_computed_without_it() -> None:
+    torch.manual_seed(0)
+    micro_batch = pack(SAMPLES, range(len(SAMPLES)), share_prompts=True)
+    x = torch.randn(1, 1, micro_batch.num_rows, 6)
+    plans = [AttentionPlan(micro_batch.segments, torch.device("cpu"), torch.float32) for _ in range(2)]
+    plans[1].use_varlen = True  # as on CUDA
+    found = [packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan)[0] for plan in plans]
+    assert found[0].equal(found[1])
