@@ -32,7 +32,7 @@ from miles.services.rollout.engines.sglang.server.flags import DRAIN, KEEP_WORKS
 from miles.services.rollout.engines.sglang.server.probes import probe
 from miles.services.rollout.engines.sglang.server.served_model import served_quantisation, write_folder
 from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
-from miles.services.rollout.engines.sglang.weights.files import write_files
+from miles.services.rollout.engines.sglang.weights.files import written
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
 from miles.telemetry.tracing import spans_between
 from miles.weights.base import WeightsRefused
@@ -253,8 +253,9 @@ async def test_weights_that_no_update_brought_are_found(
     await serve(engine, models)
     api = engine.replicas[0].api
     name, tensor = next(iter(weights_of(models[0]).items()))
-    await write_files(tmp_path / "x", [[(name, tensor + 1e-3)]])
-    await WeightUpdate(api, None, "all", 60.0, repacks=True, drains=True).from_files(tmp_path / "x")
+    async with written(tmp_path, "weights-", "x", [[(name, tensor + 1e-3)]]) as folder:
+        await WeightUpdate(api, None, "all", 60.0, repacks=True, drains=True).from_files(folder)
+    assert not list(tmp_path.glob("weights-*"))
     with pytest.raises(ChecksumMismatch, match="did not hold"):
         await engine.weight_bytes()
     await serve(engine, models)

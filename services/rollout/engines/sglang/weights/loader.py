@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +14,14 @@ from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
-from miles.services.rollout.engines.sglang.server.served_model import (
-    ServedModel,
-    needs_own_folder,
-    served_quantisation,
-    write_folder,
-)
 from miles.services.rollout.engines.sglang.speculative.draft import own_parameters
 from miles.services.rollout.engines.sglang.weights import checker
 from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor, share_by_name
 from miles.services.rollout.engines.sglang.weights.checker import Checksum, Selector
-from miles.services.rollout.engines.sglang.weights.files import write_files
+from miles.services.rollout.engines.sglang.weights.files import written
 from miles.services.rollout.engines.sglang.weights.gpu_buckets import GpuBuckets
 from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, read_layout
+from miles.services.rollout.engines.sglang.weights.model_folder import model_to_serve
 from miles.services.rollout.engines.sglang.weights.remote import RemoteWeights
 from miles.services.rollout.engines.sglang.weights.staging import StagedWeights
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
@@ -85,7 +77,7 @@ class WeightLoader:
         self._layout = await asyncio.to_thread(
             read_layout, given.hf_checkpoint, given.contract, given.recipe, self._dtype
         )
-        model = await asyncio.to_thread(self._served_model)
+        model = await asyncio.to_thread(model_to_serve, self._options, self._layout, self._files)
         for replica in self._servers.replicas:
             replica.model = model
 
@@ -93,19 +85,6 @@ class WeightLoader:
         """Remove what servers were started from."""
         self._gpu_buckets.close()
         self._files.close()
-
-    def _served_model(self) -> ServedModel:
-        """The checkpoint, or a folder that describes its model as it is served."""
-        folder, recipe, positions = self._options.hf_checkpoint, self._options.recipe, self._layout.max_positions
-        if self._options.addresses or not needs_own_folder(folder, recipe):
-            return ServedModel(folder, positions)
-        if self._options.log_dir is not None:
-            self._options.log_dir.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=f"{self._options.name}-model-", dir=self._options.log_dir)
-        own = self._files.enter_context(made)
-        quantisation = None if recipe is None else served_quantisation(recipe, self._layout.shapes)
-        write_folder(Path(own), folder, quantisation)
-        return ServedModel(own, positions, has_weights=False)
 
     def keep_draft_apart(self, algorithm: str, config: Mapping[str, Any]) -> None:
         """Load the policy's versions into the policy only: the servers have a draft model with weights of its own.
@@ -359,13 +338,10 @@ class WeightLoader:
     async def _push_files(
         self, replicas: Sequence[Replica], version: int | None, parts: Sequence[Sequence[NamedTensor]]
     ) -> None:
-        root = self._options.weight_dir
-        folder = Path(tempfile.mkdtemp(prefix=f"{self._options.name}-weights-", dir=root))
-
-        async def update(replica: Replica) -> None:
-            await self._update(replica, version, "all").from_files(folder / str(version))
-
-        async with contextlib.AsyncExitStack() as cleanup:
-            cleanup.push_async_callback(asyncio.to_thread, shutil.rmtree, folder, ignore_errors=True)
-            await write_files(folder / str(version), parts)
-            await self._servers.call_each(replicas, update, f"load version {version}")
+        name = f"{self._options.name}-weights-"
+        async with written(self._options.weight_dir, name, str(version), parts) as folder:
+            await self._servers.call_each(
+                replicas,
+                lambda replica: self._update(replica, version, "all").from_files(folder),
+                f"load version {version}",
+            )
