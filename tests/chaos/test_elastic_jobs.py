@@ -167,7 +167,7 @@ STALE = {
     ("pause", "correction", "more"),
     [
         ("in_place", {"use_tis": True}, {"partial_rollout": True}),
-        pytest.param("retract", {"use_icepop": True}, {"over_sampling_batch_size": BATCH + 2}, marks=pytest.mark.slow),
+        ("retract", {"use_icepop": True}, {"over_sampling_batch_size": BATCH + 2}),
         (
             "abort",
             {"use_mis": True, "use_tis": True, "use_rs": True},

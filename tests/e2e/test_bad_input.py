@@ -56,7 +56,7 @@ def test_a_port_in_use(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        pytest.param("", ["train.jsonl"], marks=pytest.mark.slow),
+        ("", ["train.jsonl"]),
         pytest.param(
             '{"prompt": "12345>", "label": "12345"}\n{"prompt": broken\n', ["train.jsonl", "2"], marks=pytest.mark.slow
         ),

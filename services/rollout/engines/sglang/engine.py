@@ -29,7 +29,7 @@ from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.process import IN_SERVER
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
-from miles.services.rollout.engines.sglang.speculative.drafting import Drafting
+from miles.services.rollout.engines.sglang.speculative.drafting import ServerDrafts
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
 from miles.types import SpeculativeStats
@@ -66,7 +66,7 @@ class SglangEngine:
             on_waiting=self._wake,
             on_verified=self._count_drafts,
         )
-        self._drafting = Drafting(options, self._replicas)
+        self._drafting = ServerDrafts(options, self._replicas)
         self._lock = asyncio.Lock()
         """Held by whatever pauses, resumes or changes the servers: one at a time."""
         self._staged: tuple[Mapping[str, torch.Tensor], StagedWeights | None] | None = None

@@ -34,7 +34,7 @@ ASK_EVERY_S = 10.0
 """How often servers are asked how many steps they draft now."""
 
 
-class Drafting:
+class ServerDrafts:
     """Speculative decoding as an engine sees it. Without any, its methods do nothing."""
 
     def __init__(self, options: SglangOptions, replicas: Sequence[Replica]) -> None:

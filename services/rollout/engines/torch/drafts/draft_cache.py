@@ -1,35 +1,18 @@
-"""The keys and values of a draft model: KV slots of its own, and the rows of one of its forward passes.
-
-Dims: N rows, C spans of them, Q rows of the longest span, T positions.
-"""
+"""The keys and values of a draft model: KV slots of its own, and the rows of one of its forward passes."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from miles.services.rollout.engines.torch.model.architecture import ModelShape
-from miles.services.rollout.engines.torch.model.attention import AttentionStep, PrefillRows
+from miles.services.rollout.engines.torch.model.attention import AttentionStep
 from miles.services.rollout.engines.torch.model.kv_cache import LENGTH_MULTIPLE, KVCache, round_up
+from miles.services.rollout.engines.torch.model.spans import Span, prefill_rows
 
 MAX_ROWS = 4096
 """Rows of a forward pass at most, padding included."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Span:
-    """Rows to compute at positions `start` to `end` - 1 of a KV slot."""
-
-    slot: int
-    start: int
-    end: int
-
-    @property
-    def rows(self) -> int:
-        """How many."""
-        return self.end - self.start
 
 
 class DraftCache:
@@ -67,30 +50,14 @@ class DraftCache:
     def step(self, spans: Sequence[Span]) -> AttentionStep:
         """Make room for the rows of a forward pass, span behind span, and say what each may look at."""
         self.cache.reserve(max(span.slot for span in spans) + 1, max(span.end for span in spans))
-        lengths_C = self.tensor([span.rows for span in spans])
-        starts_C = self.tensor([span.start for span in spans])
-        slots_C = self.tensor([span.slot for span in spans])
-        queries = max(span.rows for span in spans)
         length = round_up(max(span.end for span in spans), LENGTH_MULTIPLE)
-        first_C = lengths_C.cumsum(0) - lengths_C
-        query_CQ = torch.arange(queries, device=self._device).minimum(lengths_C[:, None] - 1)
-        chunk_N = torch.repeat_interleave(torch.arange(len(spans), device=self._device), lengths_C)
-        query_N = torch.arange(len(chunk_N), device=self._device) - first_C[chunk_N]
-        hidden_CQT = torch.arange(length, device=self._device) > (starts_C[:, None] + query_CQ)[..., None]
-        mask_CQT = torch.zeros(hidden_CQT.shape, dtype=self._dtype, device=self._device)
+        rows = prefill_rows(spans, length, self._dtype, self._device)
         return AttentionStep(
             cache=self.cache,
-            slots_N=slots_C[chunk_N],
-            positions_N=starts_C[chunk_N] + query_N,
+            slots_N=rows.slots_C[rows.chunk_N],
+            positions_N=self.tensor([position for span in spans for position in range(span.start, span.end)]),
             decode=None,
-            prefill=PrefillRows(
-                packed_CQ=first_C[:, None] + query_CQ,
-                chunk_N=chunk_N,
-                query_N=query_N,
-                slots_C=slots_C,
-                length=length,
-                mask_C11QT=mask_CQT.masked_fill_(hidden_CQT, -torch.inf)[:, None, None],
-            ),
+            prefill=rows,
             min_queries=1,
         )
 

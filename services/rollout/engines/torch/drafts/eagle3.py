@@ -20,11 +20,12 @@ from miles.drafts.eagle3 import Eagle3Head
 from miles.drafts.folder import module_name, read_tensors
 from miles.drafts.recorded_layers import aux_layers
 from miles.drafts.vocabulary import read_vocabulary
-from miles.services.rollout.engines.torch.drafts.draft_cache import DraftCache, Span, passes
+from miles.services.rollout.engines.torch.drafts.draft_cache import DraftCache, passes
 from miles.services.rollout.engines.torch.drafts.module_weights import ModuleWeights
 from miles.services.rollout.engines.torch.drafts.proposer import Computed, DraftWeights, Policy
 from miles.services.rollout.engines.torch.model.architecture import model_shape
 from miles.services.rollout.engines.torch.model.attention import STEP_ARGUMENT, AttentionStep, slot_attention
+from miles.services.rollout.engines.torch.model.spans import Span
 
 if TYPE_CHECKING:
     from miles.services.rollout.engines.torch.generation.sequence import Sequence as Request

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.drafts.folder import read_tensors
-from miles.services.rollout.engines.torch.drafts.draft_cache import DraftCache, Span, passes
+from miles.services.rollout.engines.torch.drafts.draft_cache import DraftCache, passes
 from miles.services.rollout.engines.torch.drafts.module_weights import ModuleWeights
 from miles.services.rollout.engines.torch.drafts.proposer import Computed, DraftWeights, Policy
 from miles.services.rollout.engines.torch.model.architecture import model_shape, read_config
 from miles.services.rollout.engines.torch.model.attention import STEP_ARGUMENT
 from miles.services.rollout.engines.torch.model.empty_model import build_empty_model
+from miles.services.rollout.engines.torch.model.spans import Span
 
 if TYPE_CHECKING:
     from miles.services.rollout.engines.torch.generation.sequence import Sequence as Request

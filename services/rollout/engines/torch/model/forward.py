@@ -11,6 +11,7 @@ from miles.services.rollout.engines.torch.generation.sequence import Sequence
 from miles.services.rollout.engines.torch.model.attention import STEP_ARGUMENT, AttentionStep, DecodeRows, PrefillRows
 from miles.services.rollout.engines.torch.model.invariance import Padding
 from miles.services.rollout.engines.torch.model.kv_cache import KVCache, attention_length
+from miles.services.rollout.engines.torch.model.spans import Span, prefill_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,26 +135,9 @@ class Forward:
         )
 
     def _prefill_rows(self, prefill: list[Chunk], first: int) -> PrefillRows:
-        queries = max(max(chunk.end - chunk.start for chunk in prefill), self._padding.queries)
-        length = attention_length(max(chunk.end for chunk in prefill))
-        lengths_C = self._tensor([chunk.end - chunk.start for chunk in prefill])
-        starts_C = self._tensor([chunk.start for chunk in prefill])
-        ends_C = lengths_C.cumsum(0)
-        query_Q = torch.arange(queries, device=self._device)
-        in_chunk_CQ = torch.minimum(query_Q[None], lengths_C[:, None] - 1)
-        chunk_N = torch.repeat_interleave(torch.arange(len(prefill), device=self._device), lengths_C)
-        first_C = ends_C - lengths_C
-        total_N = torch.arange(chunk_N.shape[0], device=self._device)
-        seen_CQ = starts_C[:, None] + in_chunk_CQ + 1
-        hidden_CQT = torch.arange(length, device=self._device)[None, None] >= seen_CQ[..., None]
-        return PrefillRows(
-            packed_CQ=first + first_C[:, None] + in_chunk_CQ,
-            chunk_N=chunk_N,
-            query_N=total_N - first_C[chunk_N],
-            slots_C=self._tensor([chunk.sequence.slot for chunk in prefill]),
-            length=length,
-            mask_C11QT=self._mask(hidden_CQT)[:, None, None],
-        )
+        spans = [Span(chunk.sequence.slot, chunk.start, chunk.end) for chunk in prefill]
+        length = attention_length(max(span.end for span in spans))
+        return prefill_rows(spans, length, self._dtype, self._device, first=first, queries=self._padding.queries)
 
     def _mask(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)

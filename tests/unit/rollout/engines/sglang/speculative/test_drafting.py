@@ -9,7 +9,7 @@ import pytest
 from miles.services.rollout.engines.base import SpeculationState
 from miles.services.rollout.engines.sglang import ServerUnstartable, SglangOptions
 from miles.services.rollout.engines.sglang.server.replica import Replica
-from miles.services.rollout.engines.sglang.speculative.drafting import Drafting
+from miles.services.rollout.engines.sglang.speculative.drafting import ServerDrafts
 from miles.types import SpeculativeStats
 
 EAGLE = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "d", "speculative_num_steps": 5}
@@ -20,10 +20,10 @@ async def never(replica: Replica) -> None:
     raise AssertionError(replica)
 
 
-def drafting(tmp_path: pathlib.Path, flags: dict[str, Any], **changes: Any) -> Drafting:
+def drafting(tmp_path: pathlib.Path, flags: dict[str, Any], **changes: Any) -> ServerDrafts:
     given: dict[str, Any] = {"hf_checkpoint": "m", "server_flags": flags, "log_dir": tmp_path / "logs"}
     options = SglangOptions(**given | changes)
-    return Drafting(options, [Replica(options, 0, never, lambda: None)])
+    return ServerDrafts(options, [Replica(options, 0, never, lambda: None)])
 
 
 def test_steps_adapt_unless_the_job_says_otherwise(tmp_path: pathlib.Path) -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import random
 
-from miles.services.rollout.engines.torch.drafts.draft_cache import MAX_ROWS, Span, passes
+from miles.services.rollout.engines.torch.drafts.draft_cache import MAX_ROWS, passes
+from miles.services.rollout.engines.torch.model.spans import Span
 
 
 def test_passes_compute_every_row_once_in_order_and_are_bounded():
