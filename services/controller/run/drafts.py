@@ -39,7 +39,7 @@ _CHECK_S = 0.5
 """How often a wait looks for what ends it."""
 _RETRY_S, _LONGEST_RETRY_S = 5.0, 60.0
 """Time between two attempts at what has failed."""
-_BUSY = {"training": "train draft", "publishing": "publish draft"}
+_BUSY = {"training": "train draft", "publishing": "publish draft", "saving": "save draft"}
 """Activities in a run's timeline, by the first word of what the draft trainer says."""
 
 
