@@ -31,7 +31,7 @@ from benchmarks.gpu.draft_shapes import CHAIN, SHAPES, Shape, load_model, tiny, 
 from miles.drafts import packed_batch, recordings
 from miles.drafts.eagle3_training import computing_on
 from miles.drafts.head_pass import head_pass
-from miles.drafts.losses import LOSSES
+from miles.drafts.losses import loss_at
 from miles.drafts.packed_batch import Targets
 from miles.drafts.recording import RecordedSample
 from miles.drafts.vocabulary import first_tokens
@@ -126,7 +126,7 @@ def head_seconds(shape: Shape, batch: Sequence[RecordedSample], clock: Clock) ->
     def run() -> None:
         with computing_on(device):
             for _ in range(times):
-                head_pass(head, hidden_ND, targets, LOSSES["kl"], vocabulary, 1 / count)
+                head_pass(head, hidden_ND, targets, loss_at("kl", 1.0), vocabulary, 1 / count)
 
     return clock.median(run), count * times
 
