@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 from collections.abc import Callable, Mapping
 
 import torch
 
+from miles.threads import Threads
 from miles.weights.manifest import ALIGNMENT, checksum_threads
 from miles.weights.staging.ring import StagingRing, pinned_ring
 from miles.weights.staging.to_device import copy_to_device, host_bytes
@@ -37,7 +37,7 @@ class AheadOnDevice:
         self._device = device
         self._ring = ring or pinned_ring()
         self._free_bytes = free_bytes
-        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-staging")
+        self._threads = Threads(checksum_threads(), thread_name_prefix="weight-staging")
 
     def copied(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors, by name, in one allocation on the device; as they are if there is too little room for them.

@@ -7,7 +7,6 @@ gets handles, as for weights that arrive in GPU memory.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from miles.services.rollout.engines.sglang.weights.buckets import Bucket, NamedTensor, flatten, flatten_to, in_buckets
+from miles.threads import Threads
 from miles.weights.manifest import checksum_threads
 from miles.weights.staging.ahead import PART_OF_FREE, free_bytes
 from miles.weights.staging.ring import StagingRing, pinned_ring
@@ -40,7 +40,7 @@ class GpuBuckets:
         """`free_bytes`: what is free on a GPU."""
         self._ring = ring or pinned_ring()
         self._free_bytes = free_bytes
-        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-staging")
+        self._threads = Threads(checksum_threads(), thread_name_prefix="weight-staging")
 
     def plan(self, tensors: Sequence[NamedTensor], bucket_bytes: int, gpu: torch.device) -> Plan | None:
         """Which buckets to make there; None when there is too little room.
