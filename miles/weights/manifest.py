@@ -67,6 +67,20 @@ def checksum_threads() -> int:
     return min(8, usable_cores())
 
 
+def aligned(offset: int) -> int:
+    """The first offset from this one on at which a tensor may begin, in bytes."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes begin one after the other, and where the last one ends, in bytes."""
+    begins, end = [], 0
+    for size in sizes:
+        begins.append(aligned(end))
+        end = begins[-1] + size
+    return begins, end
+
+
 def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[list[policy_pb2.TensorDescriptor], int]:
     """Place tensors one after the other at aligned offsets; return their descriptors, without checksums, and the size.
 
@@ -87,7 +101,7 @@ def _planned(layout: tuple[tuple[str, DType.ValueType, tuple[int, ...]], ...]) -
         if name in names:
             raise ManifestError(f"tensor {name!r} occurs twice in the layout; names must be unique")
         names.add(name)
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        offset = aligned(end)
         nbytes = math.prod(shape) * _dtype_bytes(name, dtype)
         descriptors.append(
             policy_pb2.TensorDescriptor(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from miles.threads import Threads
-from miles.weights.manifest import ALIGNMENT, checksum_threads
+from miles.weights.manifest import checksum_threads, offsets
 from miles.weights.staging.ring import StagingRing, pinned_ring
 from miles.weights.staging.to_device import copy_to_device, host_bytes
 
@@ -46,10 +46,7 @@ class AheadOnDevice:
         """
         if any(tensor.is_cuda for tensor in tensors.values()):
             return tensors
-        begins, end = [], 0
-        for tensor in tensors.values():
-            begins.append(-(-end // ALIGNMENT) * ALIGNMENT)
-            end = begins[-1] + tensor.nbytes
+        begins, end = offsets(tensor.nbytes for tensor in tensors.values())
         try:
             if end > self._free_bytes(self._device) // PART_OF_FREE:
                 return tensors

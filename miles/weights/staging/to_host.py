@@ -15,7 +15,7 @@ import torch
 
 from miles.rpc.gen import policy_pb2
 from miles.weights.dtypes import TORCH_DTYPE
-from miles.weights.manifest import ALIGNMENT, Checksum, checksum
+from miles.weights.manifest import Checksum, aligned, checksum
 from miles.weights.staging.ring import Bytes, Slot, StagingRing, current_stream
 
 PIECE_BYTES = 1 << 20
@@ -111,7 +111,7 @@ class ToHost:
 
     def _place(self, device: torch.device, itemsize: int) -> tuple[Slot, int]:
         """A slot with room for an element at least, and the offset where it begins."""
-        start = -(-self._filled // ALIGNMENT) * ALIGNMENT
+        start = aligned(self._filled)
         if start + itemsize > self._ring.slot_bytes or device != self._device:
             self._ship()
         if self._slot is None:

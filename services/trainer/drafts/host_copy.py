@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping
 
 import torch
 
-_ALIGNMENT = 512
+from miles.weights.manifest import offsets
 
 
 class HostCopy:
@@ -23,12 +21,11 @@ class HostCopy:
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Contiguous copies on the CPU, which the next call overwrites."""
-        sizes = [math.ceil(each.nbytes / _ALIGNMENT) * _ALIGNMENT for each in tensors.values()]
-        if sum(sizes) > len(self._memory):
-            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        starts = itertools.accumulate(sizes, initial=0)
+        starts, nbytes = offsets(each.nbytes for each in tensors.values())
+        if nbytes > len(self._memory):
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         found = {}
-        for (name, tensor), start in zip(tensors.items(), starts, strict=False):
+        for (name, tensor), start in zip(tensors.items(), starts, strict=True):
             place = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             found[name] = place.copy_(tensor.detach(), non_blocking=True)
         if self._device.type == "cuda":

@@ -16,11 +16,11 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 
 from miles.weights.bucketing import buckets
+from miles.weights.manifest import offsets
 from miles.weights.staging.to_device import Parts, host_bytes
 
 NamedTensor = tuple[str, torch.Tensor]
 
-_ALIGNMENT = 64
 FORMAT = "flattened_bucket"
 """What SGLang calls this format."""
 
@@ -121,12 +121,8 @@ def flatten_to(
 
 def _arranged(tensors: Sequence[NamedTensor]) -> tuple[list[types.SimpleNamespace], int]:
     """Positions of tensors one after the other, and the bytes of a buffer for them."""
-    entries = []
-    end = 0
-    for name, tensor in tensors:
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + tensor.nbytes
-        entries.append(_entry(name, tensor, start))
+    starts, end = offsets(tensor.nbytes for _, tensor in tensors)
+    entries = [_entry(name, tensor, start) for (name, tensor), start in zip(tensors, starts, strict=True)]
     return entries, max(end, 1)
 
 
