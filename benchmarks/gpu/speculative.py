@@ -127,7 +127,7 @@ async def measure(args: argparse.Namespace) -> None:
         "max_running_requests": max(args.pools),
         "max_total_tokens": max(args.pools) * (args.tokens + PROMPT_TOKENS),
     }
-    graphs = {"cuda_graph_bs_decode": sorted(args.pools), **room}
+    graphs = {"cuda_graph_bs_decode": sorted(set(args.pools)), **room}
     common = {**SERVER_FLAGS, **graphs} if args.device == "cuda" else {}
     plain, drafting = Pool(args, "none", common), Pool(args, "drafts", {**common, **speculation(args)})
     try:

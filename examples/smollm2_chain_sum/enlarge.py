@@ -21,6 +21,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from examples.smollm2_chain_sum.new_folder import check_new
+
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NORM = re.compile(r"(?:layernorm|\.norm)\.weight$")
 
@@ -109,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="the small model's by default")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the folder; the small model's by default")
     args = parser.parse_args(arguments)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"{args.out} exists already; give a folder that is empty or does not exist yet")
+    check_new(parser, args.out)
     small = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto")
     sizes = {"hidden": args.hidden, "feed_forward": args.feed_forward, "heads": args.heads, "kv_heads": args.kv_heads}
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

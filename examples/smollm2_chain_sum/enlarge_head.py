@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from examples.smollm2_chain_sum.enlarge import spread_heads
+from examples.smollm2_chain_sum.new_folder import check_new
 from miles.config.checks.json_file import read_json_object
 from miles.drafts.folder import module_name, read_tensors, write_draft
 from miles.drafts.head_config import head_config
@@ -82,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8, help="pairs of keys and values")
     args = parser.parse_args(arguments)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"{args.out} exists already; give a folder that is empty or does not exist yet")
+    check_new(parser, args.out)
     small, sizes = read_json_object(args.head / "config.json"), {"heads": args.heads, "kv_heads": args.kv_heads}
     config, tensors = enlarged_head(small, read_tensors(args.head), hidden=args.hidden, **sizes)
     write_draft(args.out, config, tensors)

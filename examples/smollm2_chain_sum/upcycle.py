@@ -20,6 +20,7 @@ from typing import Any
 
 from examples.smollm2_chain_sum.align import aligned
 from examples.smollm2_chain_sum.mtp import add_mtp_layers
+from examples.smollm2_chain_sum.new_folder import check_new
 
 SHARED_ACROSS_KINDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -114,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--align", type=int, metavar="N", help="pad all sizes to multiples of N, as FP8 wants 128")
     parser.add_argument("--mtp-layers", type=int, default=0, metavar="N", help="layers for multi-token prediction")
     args = parser.parse_args(arguments)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"{args.out} exists already; give a folder that is empty or does not exist yet")
+    check_new(parser, args.out)
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     model = upcycle(dense, args.experts, args.experts_per_token, router_std=args.router_std, seed=args.seed)
     if args.align:
