@@ -138,7 +138,7 @@ async def test_a_run_follows_its_draft_trainer_and_goes_on_without_it(
         assert metrics["draft/version"] == 1
         assert {"draft/loss", "draft/update_s"} <= metrics.keys()
         assert "draft/loss" not in drafts.take_metrics(), "it is of a version, and was told"
-        assert drafts.describe() == "waiting for recordings"
+        await until(lambda: drafts.describe() == "waiting for recordings", "the checkpoint, behind the version")
         assert (NAME, "load") in spans
 
         await drafts.leave_gpus(alerts.check)
