@@ -1,4 +1,4 @@
-"""Steady decoding: a pool of requests in which the next begins as one ends, on an engine with drafts or without."""
+"""An engine with drafts or without, kept busy by requests: batches, or a pool in which the next begins as one ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu.draft_head import TEMPLATE
@@ -17,6 +17,9 @@ from miles.services.rollout.engines.base import GenerationRequest, SamplingParam
 from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.services.rollout.engines.registry import create_engine
 
+LOADS = ("batches", "refilled")
+"""Requests that begin at once, again when the last has ended, like the rollout of a synchronous step; and a pool in
+which the next begins as one ends, as in asynchronous runs, where each prefill makes the others wait."""
 WARM_UP_S = 2.0
 WARM_TOKENS = 16
 """Of each request, before a pool of a new size is known to decode without compiling anything."""
@@ -27,12 +30,27 @@ WARM_DEADLINE_S = 120.0
 class Reading:
     """A measurement."""
 
+    load: str
     policy: str
     draft: str
     size: int
     tokens_per_s: float
     accept_length: float
     """Tokens of a verification."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """A response."""
+
+    began: float
+    ended: float
+    """By time.monotonic()."""
+    tokens: int
+
+    def tokens_between(self, start: float, end: float) -> float:
+        """As if they had come evenly."""
+        return self.tokens * max(0.0, min(self.ended, end) - max(self.began, start)) / (self.ended - self.began)
 
 
 class Pool:
@@ -52,7 +70,8 @@ class Pool:
         self._engine: Any = create_engine(args.engine, **options)
         self._args = args
         self.sizes: list[int] = args.pools
-        """Of its pools."""
+        """Numbers of requests at a time."""
+        self.loads: Sequence[str] = args.loads
         self._name = name
         self._numbers = itertools.count()
         """Of the requests of a pool: prompts and seeds, so that all drafts answer the same."""
@@ -61,6 +80,9 @@ class Pool:
         self._tokens = 0
         self._awaited = 0
         self._enough = asyncio.Event()
+        self._ended: list[Ended] = []
+        self._last = False
+        """Whether requests that end are the last ones."""
         tokenizer = AutoTokenizer.from_pretrained(args.policy)
         texts = TASKS[args.task].texts(512, 3)
         self._prompts = [tokenizer.encode(TEMPLATE.format(text), add_special_tokens=False) for text in texts]
@@ -98,18 +120,37 @@ class Pool:
         await self._end(pool)
         return {"pause_s": pause, "gigabytes": sum(each.nbytes for each in weights.values()) / 1e9}
 
-    async def measure(self, policy: str, draft: str, size: int) -> Reading:
-        """Keep a pool of this size busy, and count after it has warmed up."""
-        pool = await self._begin(size)
-        await asyncio.sleep(WARM_UP_S)
-        before, tokens, began = self._counts(), self._tokens, time.monotonic()
-        await asyncio.sleep(self._args.seconds)
-        rate = (self._tokens - tokens) / (time.monotonic() - began)
-        await self._end(pool)
+    async def measure(self, load: str, policy: str, draft: str, size: int) -> Reading:
+        """Tokens per second under a load of this size."""
+        self._numbers = itertools.count()
+        before = self._counts()
+        rate = await (self._batches(size) if load == "batches" else self._refilled(size))
         accepted, verified = (now - then for now, then in zip(self._counts(), before, strict=True))
-        reading = Reading(policy, draft, size, rate, 1 + accepted / max(verified, 1))
+        reading = Reading(load, policy, draft, size, rate, 1 + accepted / max(verified, 1))
         print(reading, flush=True)
         return reading
+
+    async def _batches(self, size: int) -> float:
+        """Of whole batches, from their first prefill to the end of their last response, for the seconds at least."""
+        tokens, began = self._tokens, time.monotonic()
+        while (took := time.monotonic() - began) < self._args.seconds:
+            await asyncio.gather(*(self._answer(self._args.tokens) for _ in range(size)))
+        return (self._tokens - tokens) / took
+
+    async def _refilled(self, size: int) -> float:
+        """After a while, so that prefills are spread over time.
+
+        An engine may tell of a response's tokens at its end: they are spread evenly over the time that it took.
+        """
+        self._ended.clear()
+        pool = await self._begin(size)
+        await asyncio.sleep(WARM_UP_S)
+        began = time.monotonic()
+        await asyncio.sleep(self._args.seconds)
+        until, self._last = time.monotonic(), True
+        await asyncio.gather(*pool)
+        self._last = False
+        return sum(each.tokens_between(began, until) for each in self._ended) / (until - began)
 
     async def _counted(self, tokens: int) -> None:
         """Wait for so many more tokens."""
@@ -119,7 +160,9 @@ class Pool:
 
     async def _begin(self, size: int) -> list[asyncio.Task[None]]:
         self._numbers = itertools.count()
-        return [asyncio.create_task(self._keep_busy()) for _ in range(size)]
+        # First responses of different lengths, so that requests do not go on ending and beginning together.
+        firsts = [max(1, self._args.tokens * (i + 1) // size) for i in range(size)]
+        return [asyncio.create_task(self._keep_busy(first)) for first in firsts]
 
     async def _end(self, pool: list[asyncio.Task[None]]) -> None:
         for task in pool:
@@ -127,16 +170,23 @@ class Pool:
         await asyncio.gather(*pool, return_exceptions=True)
         await self._engine.abort()
 
-    async def _keep_busy(self) -> None:
-        while True:
-            number = next(self._numbers)
-            sampling = SamplingParams(max_new_tokens=self._args.tokens, temperature=self._args.temperature, seed=number)
-            prompt = self._prompts[number % len(self._prompts)]
-            request = GenerationRequest(f"{self._name}-{next(self._ids)}", prompt, sampling)
-            async for delta in self._engine.generate(request):
-                self._tokens += len(delta.token_ids)
-                if self._tokens >= self._awaited:
-                    self._enough.set()
+    async def _keep_busy(self, first: int) -> None:
+        await self._answer(first)
+        while not self._last:
+            await self._answer(self._args.tokens)
+
+    async def _answer(self, most: int) -> None:
+        began, tokens = time.monotonic(), 0
+        number = next(self._numbers)
+        sampling = SamplingParams(max_new_tokens=most, temperature=self._args.temperature, seed=number)
+        prompt = self._prompts[number % len(self._prompts)]
+        request = GenerationRequest(f"{self._name}-{next(self._ids)}", prompt, sampling)
+        async for delta in self._engine.generate(request):
+            tokens += len(delta.token_ids)
+            self._tokens += len(delta.token_ids)
+            if self._tokens >= self._awaited:
+                self._enough.set()
+        self._ended.append(Ended(began, time.monotonic(), tokens))
 
     def _counts(self) -> tuple[int, int]:
         """Drafts accepted and verifications so far."""

@@ -8,12 +8,12 @@ The draft is a small language model, or the EAGLE-3 head that `benchmarks.gpu.dr
 
 1. A run of GRPO whose draft is trained beside the policy (`online`), and with `--frozen` at the same time one whose
    draft is not. They share the GPU with what starts for part 2, so their times say nothing; their acceptance does.
-2. A server without a draft and one with the draft answer from pools of 1, 8, 32 and 128 requests, in which the next
-   request begins as one ends: with the policy of the beginning, and with that of the end of the run, there with the
-   draft of the beginning (frozen) and that of the end (online). `--seconds` of steady decoding each; the servers take
-   turns.
+2. A server without a draft and one with the draft answer 1, 8, 32 and 128 requests at a time, in `--loads`: with the
+   policy of the beginning, and with that of the end of the run, there with the draft of the beginning (frozen) and that
+   of the end (online). `--seconds` each; the servers take turns.
 
-`tokens` are those of a verification: 1 is a draft of which nothing is accepted.
+`tokens` are those of a verification: 1 is a draft of which nothing is accepted. With `--only serve --accept-length 3.4`
+SGLang acts as if so many came of each, whatever the draft: what a head would bring, before one is trained.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import concurrent.futures
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -29,7 +30,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.draft_pool import Pool, Reading, draft_weights, policy_weights
+from benchmarks.gpu.draft_pool import LOADS, Pool, Reading, draft_weights, policy_weights
 from benchmarks.gpu.draft_tasks import TASKS
 from benchmarks.gpu.grpo_run import SHARED, steps_of, train
 from benchmarks.gpu.run_table import hardware, versions
@@ -128,7 +129,7 @@ async def measure(args: argparse.Namespace) -> None:
         "max_total_tokens": max(args.pools) * (args.tokens + PROMPT_TOKENS),
     }
     graphs = {"cuda_graph_bs_decode": sorted(set(args.pools)), **room}
-    common = {**SERVER_FLAGS, **graphs} if args.device == "cuda" else {}
+    common = {**SERVER_FLAGS, **graphs, **prefill_graphs(args.prefill_graphs)} if args.device == "cuda" else {}
     plain, drafting = Pool(args, "none", common), Pool(args, "drafts", {**common, **speculation(args)})
     try:
         async with asyncio.TaskGroup() as group:
@@ -140,10 +141,18 @@ async def measure(args: argparse.Namespace) -> None:
             report_runs(args, runs.result())
         if args.only != "runs":
             readings = await serve(args, plain, drafting)
-            (args.runs / "table.md").write_text(table(readings, args.pools) + "\n")
-            print("\n" + table(readings, args.pools), flush=True)
+            (args.runs / "table.md").write_text(tables(readings, args.pools))
+            print("\n" + tables(readings, args.pools), flush=True)
     finally:
         await asyncio.gather(plain.close(), drafting.close())
+
+
+def prefill_graphs(sizes: Sequence[int]) -> dict[str, Any]:
+    """SGLang's flags for CUDA graphs of prefills of these numbers of tokens."""
+    if not sizes:
+        return {}
+    how = {"disable_prefill_cuda_graph": False, "cuda_graph_backend_prefill": "breakable"}
+    return {**how, "cuda_graph_bs_prefill": list(sizes)}
 
 
 def report_runs(args: argparse.Namespace, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -174,15 +183,22 @@ async def at_policy(
     await asyncio.gather(plain.load(weights), drafting.load(weights))
     if policy == "begin":
         await asyncio.gather(plain.warm_up(), drafting.warm_up())
-    readings = [await plain.measure(policy, "none", size) for size in plain.sizes]
+    readings = [await plain.measure(load, policy, "none", size) for load in plain.loads for size in plain.sizes]
     for name, draft in drafts.items():
         print(f"draft {name}: {json.dumps(await drafting.load_draft(draft))}", flush=True)
-        readings += [await drafting.measure(policy, name, size) for size in drafting.sizes]
+        for load in drafting.loads:
+            readings += [await drafting.measure(load, policy, name, size) for size in drafting.sizes]
     return readings
 
 
+def tables(readings: Sequence[Reading], pools: Sequence[int]) -> str:
+    """Markdown: a table for each load."""
+    loads = dict.fromkeys(each.load for each in readings)
+    return "\n".join(f"{load}\n\n{table([one for one in readings if one.load == load], pools)}\n" for load in loads)
+
+
 def table(readings: Sequence[Reading], pools: Sequence[int]) -> str:
-    """Markdown: a row for each policy and draft, a column for each size of the pool."""
+    """Markdown: a row for each policy and draft, a column for each number of requests."""
     plain = {(each.policy, each.size): each.tokens_per_s for each in readings if each.draft == "none"}
     lines = ["| policy | draft | " + " | ".join(f"{size} requests" for size in pools) + " |"]
     lines.append("|---|---|" + "---|" * len(pools))
@@ -230,6 +246,9 @@ def main() -> None:
     parser.add_argument("--draft-tokens", type=int, default=32768)
     parser.add_argument("--draft-steps", type=int, default=3, help="tokens drafted one behind the other")
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--loads", nargs="+", default=LOADS, choices=LOADS, help="how requests come")
+    parser.add_argument("--accept-length", type=float, help="tokens of a verification, as if they had been accepted")
+    parser.add_argument("--prefill-graphs", type=int, nargs="+", default=[], help="tokens of prefills with CUDA graphs")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=420.0, help="seconds that the runs may take")
     parser.add_argument("--frozen", action="store_true", help="also a run whose draft is not trained")
@@ -241,6 +260,10 @@ def main() -> None:
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/speculative"), help="folder for runs")
     parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
+    if args.accept_length is not None:
+        if (args.only, args.engine, args.device) != ("serve", "sglang", "cuda"):
+            parser.error("--accept-length goes with --only serve, SGLang and a GPU: nothing can be trained with it")
+        os.environ["SGLANG_SIMULATE_ACC_LEN"] = str(args.accept_length)
     args.runs.mkdir(parents=True, exist_ok=True)
     print(f"{hardware(args.device)}; {versions()}", flush=True)
     if args.only != "serve":
