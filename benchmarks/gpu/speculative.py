@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import concurrent.futures
 import json
-import os
 import pathlib
 import shutil
 import statistics
@@ -147,6 +146,13 @@ async def measure(args: argparse.Namespace) -> None:
         await asyncio.gather(plain.close(), drafting.close())
 
 
+def accepting(python: str, length: float, program: pathlib.Path) -> str:
+    """A program that is this interpreter, but for SGLang's switch, which the product's servers do not inherit."""
+    program.write_text(f'#!/bin/sh\nSGLANG_SIMULATE_ACC_LEN={length} exec "{python}" "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
 def prefill_graphs(sizes: Sequence[int]) -> dict[str, Any]:
     """SGLang's flags for CUDA graphs of prefills of these numbers of tokens."""
     if not sizes:
@@ -260,11 +266,11 @@ def main() -> None:
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/speculative"), help="folder for runs")
     parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
     if args.accept_length is not None:
         if (args.only, args.engine, args.device) != ("serve", "sglang", "cuda"):
             parser.error("--accept-length goes with --only serve, SGLang and a GPU: nothing can be trained with it")
-        os.environ["SGLANG_SIMULATE_ACC_LEN"] = str(args.accept_length)
-    args.runs.mkdir(parents=True, exist_ok=True)
+        args.python = accepting(args.python, args.accept_length, args.runs.absolute() / "python")
     print(f"{hardware(args.device)}; {versions()}", flush=True)
     if args.only != "serve":
         for name in ("online", "frozen"):
