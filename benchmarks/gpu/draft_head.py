@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.draft_tasks import TASKS
+from miles.algorithms.any_shape_attention import leave_out_cudnn
 from miles.drafts.eagle3_training import TrainableHead
 from miles.drafts.new_head import write_new_head
 from miles.drafts.recorded_layers import EMBEDDING, aux_layers
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args()
     torch.manual_seed(0)
+    leave_out_cudnn()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     began = time.monotonic()
     policy: Any = AutoModelForCausalLM.from_pretrained(args.policy, dtype=dtype).to(args.device)

@@ -5,12 +5,12 @@
     python -m benchmarks.gpu.draft_learner --only "standalone, 135 M" --profile DIR
 
 Draft models of given shapes with random weights learn from recordings of random numbers, which are read from files as
-in a run. The table has medians in milliseconds of an optimizer step; what it takes to pack the samples and copy them to
-the device, for the pass over them (packing and head included), for the head and the loss of as many rows by themselves,
-and for the rest (clipping and AdamW); tokens read per second; model FLOP/s as 6 × matrix elements × rows that meet them
-(of unrolled steps too) over the peak of an H100 or H200 in bfloat16 (989 TFLOP/s, dense); operations started on the
-device, and for how long it was busy with them (torch.profiler); the largest memory held; and of a recording and a
-version once the time to read the files and to write the checkpoint, into `--folder`.
+in a run. The table has medians in milliseconds of an optimizer step, each of other samples; what it takes to pack the
+samples and copy them to the device, for the pass over them (packing and head included), for the head and the loss of as
+many rows by themselves, and for the rest (clipping and AdamW); tokens read per second; model FLOP/s as 6 × matrix
+elements × rows that meet them (of unrolled steps too) over the peak of an H100 or H200 in bfloat16 (989 TFLOP/s,
+dense); operations started on the device, and for how long it was busy with them (torch.profiler); the largest memory
+held; and of a recording and a version once the time to read the files and to write the checkpoint, into `--folder`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import random
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.draft_shapes import CHAIN, SHAPES, Shape, load_model, tiny, write_model, write_recording
+from miles.algorithms.any_shape_attention import leave_out_cudnn
 from miles.drafts import packed_batch, recordings
 from miles.drafts.eagle3_training import computing_on
 from miles.drafts.head_pass import head_pass
@@ -73,15 +75,18 @@ def measure(name: str, shape: Shape, clock: Clock, folder: pathlib.Path, out: pa
     write_model(shape, folder / "model")
     write_recording(shape, folder / "recordings", 0)
     model = load_model(shape, folder / "model", device)
-    learner = DraftLearner(model, LearnerOptions(1e-4, shape.batch_tokens, 1, torch.bfloat16))
+    learner = DraftLearner(model, LearnerOptions(1e-4, 2 * shape.batch_tokens, 1, torch.bfloat16))
     read_s = clock.median(lambda: recordings.read(folder / "recordings", 0))
     samples = recordings.read(folder / "recordings", 0)
     batch = next(batches(samples, shape.batch_tokens))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
+    drawn = random.Random(0)
+
     def step() -> None:
-        next(iter(learner.learn(batch)))
+        # Other samples each time, since kernels may be prepared for a shape at its first use.
+        next(iter(learner.learn(drawn.sample(samples, len(batch)))))
 
     step_s = clock.median(step)
     pass_s = clock.median(lambda: model.learn_from(batch))
@@ -167,10 +172,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where models, recordings and checkpoints are written; else a temporary one")
     parser.add_argument(
+        "--cudnn", action="store_true", help="let PyTorch take cuDNN's attention, as it would by itself"
+    )
+    parser.add_argument(
         "--profile", type=pathlib.Path, metavar="DIR", help="write which operations took the time there"
     )
     args = parser.parse_args()
     torch.manual_seed(0)
+    if not args.cudnn:
+        leave_out_cudnn()
     clock = Clock(torch.device(args.device), args.rounds)
     print(torch.cuda.get_device_name() if args.device == "cuda" else args.device, flush=True)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)

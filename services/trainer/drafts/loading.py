@@ -11,6 +11,7 @@ from miles.config.speculation import speculation_of
 from miles.drafts.initial import ensure_initial
 
 if TYPE_CHECKING:
+    from miles.algorithms.any_shape_attention import leave_out_cudnn
     from miles.config import JobConfig
     from miles.rpc.gen import draft_trainer_pb2
     from miles.services.trainer.drafts.job import DraftJob
@@ -38,6 +39,7 @@ def load_job(
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        leave_out_cudnn()
     run_dir = pathlib.Path(request.run_dir)
     ensure_initial(config)
     path = speculation_of(config.rollout.sglang_args).draft_model_path

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from miles.algorithms.any_shape_attention import leave_out_cudnn
 from miles.config.checks.device import detect_device
 from miles.services.trainer.ranks.connections import RankConnections, connect_ranks
 from miles.services.trainer.ranks.network import choose_interfaces
@@ -34,6 +35,7 @@ def join(
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        leave_out_cudnn()
     backend = backend or ("nccl" if name == "cuda" else "gloo")
     kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)

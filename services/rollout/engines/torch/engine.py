@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from miles.algorithms.any_shape_attention import leave_out_cudnn
 from miles.config.speculation import DraftKind, Speculation
 from miles.engine_spec import EngineSpec, engine_spec
 from miles.precision.emulation.experts import PADDED
@@ -99,6 +100,8 @@ class TorchEngine:
         self._hf_checkpoint = pathlib.Path(hf_checkpoint)
         self._dtype = _DTYPES[dtype]
         self._device = torch.device(device)
+        if self._device.type == "cuda":
+            leave_out_cudnn()
         self._ahead = AheadOnDevice(self._device) if self._device.type == "cuda" else None
         self._staged: _Staged | None = None
         """Weights that were staged and not loaded yet."""
