@@ -11,7 +11,6 @@ from miles.config.speculation import speculation_of
 from miles.drafts.initial import ensure_initial
 
 if TYPE_CHECKING:
-    from miles.algorithms.any_shape_attention import leave_out_cudnn
     from miles.config import JobConfig
     from miles.rpc.gen import draft_trainer_pb2
     from miles.services.trainer.drafts.job import DraftJob
@@ -33,6 +32,7 @@ def load_job(
     """Load a job. Raises FileNotFoundError and ValueError for a draft model, or a checkpoint, that cannot be used."""
     import torch
 
+    from miles.algorithms.any_shape_attention import leave_out_cudnn
     from miles.services.trainer.drafts.job import DraftJob
     from miles.services.trainer.drafts.learner import create_learner
 
