@@ -75,6 +75,7 @@ def measure(name: str, shape: Shape, clock: Clock, folder: pathlib.Path, out: pa
     write_model(shape, folder / "model")
     write_recording(shape, folder / "recordings", 0)
     model = load_model(shape, folder / "model", device)
+    # Whatever samples are drawn are one step: as many as have half of these tokens on average.
     learner = DraftLearner(model, LearnerOptions(1e-4, 2 * shape.batch_tokens, 1, torch.bfloat16))
     read_s = clock.median(lambda: recordings.read(folder / "recordings", 0))
     samples = recordings.read(folder / "recordings", 0)
@@ -82,14 +83,17 @@ def measure(name: str, shape: Shape, clock: Clock, folder: pathlib.Path, out: pa
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    drawn = random.Random(0)
+    random_state = random.Random(0)
+
+    def drawn() -> list[RecordedSample]:
+        # Other samples each time, since kernels may be prepared for a shape at its first use.
+        return random_state.sample(samples, len(batch))
 
     def step() -> None:
-        # Other samples each time, since kernels may be prepared for a shape at its first use.
-        next(iter(learner.learn(drawn.sample(samples, len(batch)))))
+        next(iter(learner.learn(drawn())))
 
     step_s = clock.median(step)
-    pass_s = clock.median(lambda: model.learn_from(batch))
+    pass_s = clock.median(lambda: model.learn_from(drawn()))
     head_s, rows = head_seconds(shape, batch, clock)
     pack_s = clock.median(lambda: pack(shape, batch, device))
     operations, busy_s = profiled(step, clock, None if out is None else out / f"{name.replace(' ', '_')}.txt")

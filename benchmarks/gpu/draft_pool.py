@@ -122,7 +122,6 @@ class Pool:
 
     async def measure(self, load: str, policy: str, draft: str, size: int) -> Reading:
         """Tokens per second under a load of this size."""
-        self._numbers = itertools.count()
         before = self._counts()
         rate = await (self._batches(size) if load == "batches" else self._refilled(size))
         accepted, verified = (now - then for now, then in zip(self._counts(), before, strict=True))
@@ -132,6 +131,7 @@ class Pool:
 
     async def _batches(self, size: int) -> float:
         """Of whole batches, from their first prefill to the end of their last response, for the seconds at least."""
+        self._numbers = itertools.count()
         tokens, began = self._tokens, time.monotonic()
         while (took := time.monotonic() - began) < self._args.seconds:
             await asyncio.gather(*(self._answer(self._args.tokens) for _ in range(size)))
