@@ -18,7 +18,7 @@ from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.services.rollout.engines.registry import create_engine
 
 LOADS = ("batches", "refilled")
-"""Requests that begin at once, again when the last has ended, like the rollout of a synchronous step; and a pool in
+"""Requests that begin at once, counted until a quarter of them has ended, and again when the last has; and a pool in
 which the next begins as one ends, as in asynchronous runs, where each prefill makes the others wait."""
 WARM_UP_S = 2.0
 WARM_TOKENS = 16
@@ -51,6 +51,17 @@ class Ended:
     def tokens_between(self, start: float, end: float) -> float:
         """As if they had come evenly."""
         return self.tokens * max(0.0, min(self.ended, end) - max(self.began, start)) / (self.ended - self.began)
+
+
+def while_most_run(batch: Sequence[Ended]) -> tuple[float, float]:
+    """Tokens of a batch before a quarter of its responses has ended, and the seconds from its beginning until then.
+
+    With drafts responses of the same length end at different times, and the last ones are alone at the end: that says
+    what the slowest of so many takes, and not how fast so many are.
+    """
+    began = min(each.began for each in batch)
+    until = sorted(each.ended for each in batch)[len(batch) // 4]
+    return sum(each.tokens_between(began, until) for each in batch), until - began
 
 
 class Pool:
@@ -130,12 +141,15 @@ class Pool:
         return reading
 
     async def _batches(self, size: int) -> float:
-        """Of whole batches, from their first prefill to the end of their last response, for the seconds at least."""
+        """Of the batches that begin in the seconds, from the first prefill on and while most requests run."""
         self._numbers = itertools.count()
-        tokens, began = self._tokens, time.monotonic()
-        while (took := time.monotonic() - began) < self._args.seconds:
+        tokens, seconds, began = 0.0, 0.0, time.monotonic()
+        while time.monotonic() - began < self._args.seconds:
+            self._ended.clear()
             await asyncio.gather(*(self._answer(self._args.tokens) for _ in range(size)))
-        return (self._tokens - tokens) / took
+            more = while_most_run(self._ended)
+            tokens, seconds = tokens + more[0], seconds + more[1]
+        return tokens / seconds
 
     async def _refilled(self, size: int) -> float:
         """After a while, so that prefills are spread over time.

@@ -39,7 +39,6 @@ RECIPE = "examples/smollm2_chain_sum/config.yaml"
 PROMPT_TOKENS = 120
 """Room for each prompt, and for drafts."""
 SERVER_FLAGS: Mapping[str, Any] = {
-    "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.2,
     "disable_prefill_cuda_graph": True,
@@ -49,6 +48,8 @@ SPECULATION: Mapping[str, Any] = {
     "speculative_eagle_topk": 1,
     "speculative_adaptive": False,
 }
+DRAFT_ATTENTION = "triton"
+"""SGLang has CUDA graphs of a head's pass behind each verification with these kernels, and none with fa3."""
 
 
 def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[str]:
@@ -73,7 +74,8 @@ def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[
         flags += ["--actor-num-gpus-per-node", "1", *SHARED, "--max-tokens-per-gpu", "8192"]
         flags += ["--train-dtype", "bfloat16", "--rollout-dtype", "bfloat16"]
         requests = args.prompts * args.samples
-        server = {**SERVER_FLAGS, "cuda_graph_bs_decode": sorted({requests // 4, requests // 2, requests})}
+        server = {**SERVER_FLAGS, "attention_backend": args.attention_backend}
+        server["cuda_graph_bs_decode"] = sorted({requests // 4, requests // 2, requests})
         flags += [*passed(server), "--max-running-requests", str(requests)]
     return [*flags, *args.more]
 
@@ -86,6 +88,8 @@ def speculation(args: argparse.Namespace) -> dict[str, Any]:
     flags["speculative_draft_model_path"] = str(args.draft)
     if is_head and args.engine == "sglang":
         flags["speculative_use_rejection_sampling"] = True
+    if (args.engine, args.device) == ("sglang", "cuda"):
+        flags["speculative_draft_attention_backend"] = DRAFT_ATTENTION
     return flags
 
 
@@ -127,8 +131,9 @@ async def measure(args: argparse.Namespace) -> None:
         "max_running_requests": max(args.pools),
         "max_total_tokens": max(args.pools) * (args.tokens + PROMPT_TOKENS),
     }
-    graphs = {"cuda_graph_bs_decode": sorted(set(args.pools)), **room}
-    common = {**SERVER_FLAGS, **graphs, **prefill_graphs(args.prefill_graphs)} if args.device == "cuda" else {}
+    graphs = {"cuda_graph_bs_decode": sorted(set(args.pools)), **room, **prefill_graphs(args.prefill_graphs)}
+    kernels = {**SERVER_FLAGS, "attention_backend": args.attention_backend}
+    common = {**kernels, **graphs} if args.device == "cuda" else {}
     plain, drafting = Pool(args, "none", common), Pool(args, "drafts", {**common, **speculation(args)})
     try:
         async with asyncio.TaskGroup() as group:
@@ -254,6 +259,7 @@ def main() -> None:
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--loads", nargs="+", default=LOADS, choices=LOADS, help="how requests come")
     parser.add_argument("--accept-length", type=float, help="tokens of a verification, as if they had been accepted")
+    parser.add_argument("--attention-backend", default="fa3", help="the policy's kernels; triton where not on Hopper")
     parser.add_argument("--prefill-graphs", type=int, nargs="+", default=[], help="tokens of prefills with CUDA graphs")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--deadline", type=float, default=420.0, help="seconds that the runs may take")
