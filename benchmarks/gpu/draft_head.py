@@ -4,7 +4,8 @@
     python -m examples.smollm2_chain_sum.enlarge_head --head .cache/head --out .cache/large-head
 
 What the model would say, and its hidden states, are recorded as the trainer records them, and the head learns from them
-for `--seconds`, as the draft trainer would. A model that was enlarged takes the head of the small one, enlarged too.
+for `--seconds`, as the draft trainer would, with a fifth of the learning rate in the last third of the time. A model
+that was enlarged takes the head of the small one, enlarged too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """Of the recipe smollm2_chain_sum."""
 TOP_TOKENS = 32
 BATCH_TOKENS = 16384
+LAST, LAST_RATE = 1 / 3, 1 / 5
+"""Share of the time, and of the learning rate then."""
 ROWS = 4096
 """Rows whose logits are in memory at a time."""
 Answer = tuple[list[int], list[int]]
@@ -97,11 +100,11 @@ def _recorded(policy: Any, part: Sequence[Answer], layers: Sequence[int], temper
     return samples
 
 
-def learner_of(folder: pathlib.Path, layers: Sequence[int], args: argparse.Namespace) -> DraftLearner:
+def learner_of(folder: pathlib.Path, layers: Sequence[int], args: argparse.Namespace, rate: float) -> DraftLearner:
     """A learner of the head of a folder."""
     how = {"loss": "kl", "unroll_steps": args.steps, "temperature": args.temperature}
     head = TrainableHead(folder, layers, device=torch.device(args.device), **how)
-    return DraftLearner(head, LearnerOptions(args.learning_rate, BATCH_TOKENS, 1, torch.bfloat16))
+    return DraftLearner(head, LearnerOptions(rate, BATCH_TOKENS, 1, torch.bfloat16))
 
 
 def learn(learner: DraftLearner, samples: Sequence[RecordedSample], seconds: float) -> list[dict[str, float]]:
@@ -148,9 +151,12 @@ def main() -> None:
     samples = record(policy, given, layers, args.temperature, args.record_batch)
     del policy
     print(f"recorded after {time.monotonic() - began:.0f} s", flush=True)
-    learner = learner_of(args.out, layers, args)
-    said = learn(learner, samples, args.seconds)
-    learner.save(args.out)
+    learner = learner_of(args.out, layers, args, args.learning_rate)
+    said = learn(learner, samples, args.seconds * (1 - LAST))
+    last = learner_of(args.out, layers, args, args.learning_rate * LAST_RATE)
+    last.load_state(learner.state())
+    said += learn(last, samples, args.seconds * LAST)
+    last.save(args.out)
     for part in (said[:3], said[-8:]):
         print(json.dumps({name: statistics.mean(each[name] for each in part) for name in part[0]}), flush=True)
     print(f"{len(said)} optimizer steps; {args.out} written after {time.monotonic() - began:.0f} s", flush=True)
