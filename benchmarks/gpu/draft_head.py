@@ -108,7 +108,10 @@ def learner_of(folder: pathlib.Path, layers: Sequence[int], args: argparse.Names
 
 
 def learn(learner: DraftLearner, samples: Sequence[RecordedSample], seconds: float) -> list[dict[str, float]]:
-    """Pass over the samples until the time is up; what each optimizer step said."""
+    """Pass over the samples until the time is up; what each optimizer step said.
+
+    From the second pass on that is of samples which it had learnt from.
+    """
     said: list[dict[str, float]] = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:

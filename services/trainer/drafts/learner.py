@@ -27,6 +27,7 @@ _BETAS = (0.9, 0.95)
 _MAX_NORM = 1.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEPS = "optimizer_steps"
+_OF_EVERY_PASS = ("grad_norm", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,16 +76,17 @@ class DraftLearner:
     def learn(self, samples: Sequence[RecordedSample]) -> Iterator[Mapping[str, float]]:
         """Learn from samples, with an optimizer step at each `next()`.
 
-        Yields of its batch, before it was learnt from: `loss` in nats, `agreement` (share of tokens of which the
-        draft's likeliest is the policy's), `accept_length` (tokens of a verification, the policy's own included, with
-        the drafts of a chain), `grad_norm` and `tokens`.
+        Yields of its batch `grad_norm` and `tokens`, and in the first pass, whose samples are new to the draft as the
+        next rollout's will be: `loss` in nats, `agreement` (share of tokens of which the draft's likeliest is the
+        policy's) and `accept_length` (tokens of a verification, the policy's own included, with the drafts of a chain).
         """
         samples = [sample for sample in samples if self._model.usable(sample)]
-        for _ in range(self._options.passes if samples else 0):
+        for number in range(self._options.passes if samples else 0):
             generator = torch.Generator().manual_seed(self.optimizer_steps)
             order = torch.randperm(len(samples), generator=generator).tolist()
             for batch in batches([samples[i] for i in order], self._options.batch_tokens):
-                yield self._step(batch)
+                metrics = self._step(batch)
+                yield metrics if number == 0 else {name: metrics[name] for name in _OF_EVERY_PASS}
 
     def layout(self) -> Layout:
         """Name, type and shape of what `export` gives."""

@@ -178,7 +178,10 @@ def test_batches_have_about_as_many_tokens_and_every_sample_once():
     assert [len(batch) for batch in batches(samples, 1)] == [1] * 10
 
 
-def test_every_pass_takes_the_samples_again(policy, tmp_path):
+def test_every_pass_takes_the_samples_again_and_the_first_says_how_good_the_draft_is(policy, tmp_path):
     samples = record(policy[1], samples=4, prompt=5, response=20, layers=(EMBEDDING, *READ), seed=0)
     learner: DraftLearner = learner_of(model_of("eagle3", policy[0], tmp_path / "draft"), batch_tokens=50, passes=3)
-    assert len(list(learner.learn(samples))) == 6
+    found = list(learner.learn(samples))
+    assert len(found) == 6
+    assert ["agreement" in each for each in found] == [True] * 2 + [False] * 4
+    assert all({"grad_norm", "tokens"} <= each.keys() for each in found)
