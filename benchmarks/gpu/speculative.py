@@ -74,10 +74,14 @@ def flags_of(args: argparse.Namespace, name: str, folder: pathlib.Path) -> list[
         flags += ["--actor-num-gpus-per-node", "1", *SHARED, "--max-tokens-per-gpu", "8192"]
         flags += ["--train-dtype", "bfloat16", "--rollout-dtype", "bfloat16"]
         requests = args.prompts * args.samples
-        server = {**SERVER_FLAGS, "attention_backend": args.attention_backend}
-        server["cuda_graph_bs_decode"] = sorted({requests // 4, requests // 2, requests})
+        server = {**server_flags(args), "cuda_graph_bs_decode": sorted({requests // 4, requests // 2, requests})}
         flags += [*passed(server), "--max-running-requests", str(requests)]
     return [*flags, *args.more]
+
+
+def server_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """SGLang's flags of all servers on a GPU."""
+    return {**SERVER_FLAGS, "attention_backend": args.attention_backend}
 
 
 def speculation(args: argparse.Namespace) -> dict[str, Any]:
@@ -132,8 +136,7 @@ async def measure(args: argparse.Namespace) -> None:
         "max_total_tokens": max(args.pools) * (args.tokens + PROMPT_TOKENS),
     }
     graphs = {"cuda_graph_bs_decode": sorted(set(args.pools)), **room, **prefill_graphs(args.prefill_graphs)}
-    kernels = {**SERVER_FLAGS, "attention_backend": args.attention_backend}
-    common = {**kernels, **graphs} if args.device == "cuda" else {}
+    common = {**server_flags(args), **graphs} if args.device == "cuda" else {}
     plain, drafting = Pool(args, "none", common), Pool(args, "drafts", {**common, **speculation(args)})
     try:
         async with asyncio.TaskGroup() as group:
